@@ -389,7 +389,7 @@ def engine_step(config, stage, images, labels, world):  # type: ignore[no-untype
 
 def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
     """Rates between the run's own records, the first left out: waiting for data, logging and commits are all inside."""
-    from scoreray.cluster.verbs.demo import BUCKET, DATA_URL, demo_config
+    from scoreray.cluster.verbs.demo import BUCKET, demo_config
     from scoreray.cluster.verbs.pack import pack_with_bar
     from scoreray.cluster.verbs.train import train_to_end
     from scoreray.data import fashion_mnist_path
@@ -400,7 +400,7 @@ def full_run(folder: Path, arguments: argparse.Namespace) -> list[float]:
     with LocalS3(folder) as server:
         os.environ.update(server.env)
         server.create_bucket(BUCKET)
-        pack_with_bar(str(fashion_mnist_path()), DATA_URL, samples_per_shard=1000, workers=1)
+        pack_with_bar(str(fashion_mnist_path()), str(demo_config().data.url), samples_per_shard=1000, workers=1)
         stage = arguments.stage if arguments.stage == "auto" else int(arguments.stage)
         prepared = prepare_run(
             load_config(

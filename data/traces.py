@@ -15,8 +15,10 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from scoreray.data.extras import install
+from scoreray.data.errors import UserError
+from scoreray.data.extras import check_installed
 
+EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 FLUSH_MS, SEND_EVERY_MS = 5000, 1000  # a process that is killed takes what it has not sent with it
 
@@ -80,13 +82,15 @@ def _tracer() -> Any:
 
 def _make() -> tuple[Any, Any]:
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        log.warning("%s is set, but no traces are sent: %s; %s", ENDPOINTS[0], error, install("otel"))
+        check_installed("otel", f"{ENDPOINTS[0]} is set, but no traces are sent", "opentelemetry.sdk", EXPORTER)
+    except UserError as error:
+        log.warning("%s", error)
         return None, None
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     service = os.environ.get("OTEL_SERVICE_NAME", "scoreray")
     provider = TracerProvider(resource=Resource.create({"service.name": service, "process.pid": os.getpid()}))
     delay_ms = float(os.environ.get("OTEL_BSP_SCHEDULE_DELAY", SEND_EVERY_MS))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import update_index
 import yaml
+from packaging.requirements import Requirement
 from waiting import PATIENCE_S
 
 from scoreray.cluster.wheel import LEFT_OUT, build_wheel
@@ -281,7 +282,13 @@ def test_every_config_that_the_docs_name_is_a_preset(tmp_path: Path, monkeypatch
 def test_what_installs_an_extra_is_what_pyproject_lists_for_it() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {name: tuple(listed[name]) for name in EXTRAS} == EXTRAS
-    assert set(listed) == {*EXTRAS, "dev", "benchmarks", "docs"}
+    unions = {"metrics": {"evaluate"}, "serve": {"otel", "redis"}, "latents": {"diffusers"},
+              "science": {"arrays", "flows"}, "all": set(EXTRAS)}  # fmt: skip
+    for name, wanted in unions.items():
+        (union,) = map(Requirement, listed[name])
+        assert (union.name, union.extras) == ("scoreray", wanted)
+    assert set(listed) == {*EXTRAS, *unions, "dev", "benchmarks", "docs"}
+    assert "scoreray[all]" in listed["dev"]
     for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
         text = page.read_text()
         assert "pip install 'scoreray[" not in text, page

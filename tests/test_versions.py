@@ -38,9 +38,10 @@ from scoreray.trainer.run_folder import run_store
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ("ray", "deepspeed", "torch", "webdataset", "optuna")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {
     requirement.name: requirement
-    for requirement in map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["tune"]])
 }
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
 LOWEST = {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 
 from scoreray.data.errors import UserError
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.own_code import check_stored
 from scoreray.data.storage.store import Store
 from scoreray.data.unpacked.tars import UnpackedTars
@@ -19,6 +18,7 @@ from scoreray.trainer.diffusion.levels import data_conditions
 from scoreray.trainer.dry_run import dry_run
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows import continuous_flow
+from scoreray.trainer.flows.couplings import OptimalTransportCoupling
 from scoreray.trainer.initial import begins_from, find_initial, initial_weights
 from scoreray.trainer.meta import meta_module
 from scoreray.trainer.objectives.consistency import ConsistencyObjective
@@ -57,7 +57,7 @@ def check_run(config: Config, *, fresh: bool = False) -> PreparedRun:
 
     Raises UserError, StorageError or DataError.
     """
-    _check_packages(config)
+    check_packages(config)
     data = open_run_data(config, patient=False)
     fields = run_fields(config.data, data, config.autoencoder, config.alignment)
     fields = with_source(config, fields, patient=False)
@@ -107,13 +107,15 @@ def _too_long_stages(config: Config) -> str:
     )
 
 
-def _check_packages(config: Config) -> None:
+def check_packages(config: Config) -> None:
     """Raises UserError where records are to be sent somewhere, or an ODE solved, by a package that is missing."""
     if isinstance(config.objective, MaximumLikelihoodObjective):
         continuous_flow.package()
+    if isinstance(getattr(config.objective, "coupling", None), OptimalTransportCoupling):
+        check_installed("flows", "objective.coupling.kind 'optimal_transport'", "scipy")
     for name in ("mlflow", "wandb"):
-        if getattr(config.log, name) is not None and importlib.util.find_spec(name) is None:
-            raise UserError(f"log.{name}: its package is not installed: {install(name)}, or log.{name}=null")
+        if getattr(config.log, name) is not None:
+            check_installed(name, f"log.{name} (null for none)", name)
 
 
 def prepare_run(config: Config, *, fresh: bool = False) -> PreparedRun:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from scoreray.data.errors import ScorerayError, UserError, key_in_errors, nearest
+from scoreray.data.extras import check_installed
 from scoreray.data.own_code import is_own, load, name_in_command
 from scoreray.data.presets import preset
 from scoreray.data.reading.manifest import Manifest
@@ -79,6 +80,7 @@ def check_sweep(plan: StudyPlan) -> list[str]:
 
     Returns warnings, a line each. Raises ScorerayErrors.
     """
+    check_installed("tune", "a sweep", "optuna")  # its report too, whatever searches
     sweep = plan.sweep
     with key_in_errors("metric.reference"):
         manifest = Manifest.at(sweep.metric.reference)

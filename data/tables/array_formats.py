@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from scoreray.data.errors import DataError, UserError
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.sources.arrays import check_memory, npy_header
 from scoreray.data.sources.listing import shown
 from scoreray.data.storage.store import Store
@@ -141,10 +141,9 @@ def _npz(store: Store, name: str) -> Mapping[str, Variable]:
 
 
 def _hdf5(store: Store, name: str) -> Mapping[str, Variable]:
-    try:
-        import h5py
-    except ImportError:
-        raise UserError(f"{shown(store.url(name))}: HDF5 needs a package: {install('arrays')}") from None
+    check_installed("arrays", f"{shown(store.url(name))}: HDF5", "h5py")
+    import h5py
+
     opened = h5py.File(open_file(store, name) if store.is_remote else f"{store.root}/{name}", "r")
     found: dict[str, Variable] = {}
 
@@ -179,12 +178,13 @@ class _Strings:
 
 
 def _netcdf3(store: Store, name: str) -> Mapping[str, Variable]:
-    from scipy.io import netcdf_file
-
     if store.is_remote:
         raise UserError(
             f"{shown(store.url(name))}: NetCDF of version 3 is read from a disk; copy it, or make NetCDF-4 of it"
         )
+    check_installed("arrays", f"{shown(store.url(name))}: NetCDF of version 3", "scipy")
+    from scipy.io import netcdf_file
+
     opened = netcdf_file(f"{store.root}/{name}", "r", mmap=True)
     return {
         key: Variable(one.data, tuple(one.dimensions), **_packing(vars(one).get("_attributes", {})), owner=opened)
@@ -193,12 +193,11 @@ def _netcdf3(store: Store, name: str) -> Mapping[str, Variable]:
 
 
 def _zarr(store: Store) -> Mapping[str, Variable]:
-    try:
-        import zarr
+    check_installed("arrays", f"{store.url()}: Zarr", "zarr")
+    import zarr
 
-        from scoreray.data.tables.zarr_store import ZarrStore
-    except ImportError:
-        raise UserError(f"{store.url()}: Zarr needs a package: {install('arrays')}") from None
+    from scoreray.data.tables.zarr_store import ZarrStore
+
     opened = zarr.open(ZarrStore(store), mode="r")
     arrays = {"array": opened} if isinstance(opened, zarr.Array) else dict(opened.members(max_depth=None))
     return {

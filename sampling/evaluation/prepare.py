@@ -103,6 +103,8 @@ def choose_metrics(
     fitting = [name for name in METRICS if not reasons[name]]
     cheap = [name for name in fitting if METRICS[name].is_default(info)]
     chosen = in_order(wanted or cheap)
+    for name in chosen:
+        metric_of(name).check_packages(name)
     of_sets = [name for name in chosen if metric_of(name).compares_sets]
     if of_sets and manifest.num_samples < frechet.FEWEST:
         raise UserError(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.scratch import scratch_folder
 from scoreray.data.storage.store import Store
 from scoreray.sampling.model.export import ModelToExport, file_name
@@ -160,11 +160,9 @@ def _arguments(inputs: dict[str, Tensor]) -> tuple[Tensor | dict[str, Tensor], .
 def _saved_as_onnx(
     denoiser: LoadedDenoiser, program: torch.export.ExportedProgram, path: Path, names: list[str]
 ) -> tuple[Run, str]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch's exporter needs it)
-    except ImportError:
-        raise UserError(f"--format {ONNX}: its packages are not installed: {install(ONNX)}") from None
+    check_installed("onnx", f"--format {ONNX}", "onnx", "onnxscript", "onnxruntime")
+    import onnxruntime
+
     try:
         with _quiet():
             _remove_idle_squeezes(program)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from scoreray.data.errors import ScorerayError, StorageError, UserError, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.scratch import scratch_folder
 
 SCHEME = "hf://"
@@ -45,11 +45,10 @@ def export_target(out: str) -> Iterator[str]:
 
 def _checked_api(name: str) -> Any:
     """huggingface_hub's client, once it is known that somebody is logged in: an export may take an hour before."""
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import validate_repo_id
-    except ImportError:
-        raise UserError(f"{SCHEME}{name}: needs the package huggingface_hub: {install('hub')}") from None
+    check_installed("hub", f"{SCHEME}{name}", "huggingface_hub")
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
     if name.count("/") != 1:
         raise UserError(f"{SCHEME}{name}: write {SCHEME}OWNER/NAME")
     validate_repo_id(name)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scoreray.data.errors import DataError, ScorerayError, UserError, listed, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.formats.diffusers_plain import PARTS
 from scoreray.sampling.formats.lora_folder import DIFFUSERS_LORA, lora_prefix, write_lora_folder
@@ -83,10 +83,9 @@ def import_lora(folder: str, out: str, base: str, ema: str | None = None) -> Imp
 
 
 def _load_peft(network: nn.Module, folder: Path) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError(f"import lora needs a package that is not installed: {install('lora')}") from None
+    check_installed("lora", "import lora", "peft")
+    from peft import LoraConfig, inject_adapter_in_model
+
     path, settings = folder / ADAPTERS, read_json(folder / ADAPTER_CONFIG)
     for old in folder.iterdir():
         if not path.is_file():
@@ -129,6 +128,8 @@ def _load_diffusers(network: Any, stored: StoredModel, file: Path) -> list[str]:
         kind = config.class_name if isinstance(config, DiffusersNetworkConfig) else f"network.kind '{config.kind}'"
         raise UserError(f"{file}: has no {ADAPTER_CONFIG} beside it, and diffusers loads no LoRAs into {kind}")
     assert isinstance(config, DiffusersNetworkConfig)
+    check_installed("diffusers", "import lora", "diffusers")
+    check_installed("lora", "import lora", "peft")
     _tensors(file)
     with _in_one_line(file):
         import diffusers
@@ -174,8 +175,6 @@ def _in_one_line(what: Path) -> Iterator[None]:
         yield
     except ScorerayError as error:
         raise type(error)(f"{what}: {error}") from None
-    except ImportError:
-        raise UserError(f"import lora needs packages that are not installed: {install('lora')}") from None
     except Exception as error:
         raise UserError(f"{what}: can't be loaded into the base's network: "
                         f"{shortened(' '.join(str(error).split()), 300)}") from None  # fmt: skip

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
-from scipy.special import softmax
 from torch import Tensor
 
 SMALLEST_GAP = 0.05  # in ln sigma, of a grid to begin from: what ends at sigma_min leaves no gap below it
@@ -35,6 +33,8 @@ def to_parameters(sigmas: Tensor, sigma_min: float) -> np.ndarray:
 
 def to_levels(parameters: np.ndarray, sigma_max: float, sigma_min: float) -> Tensor:
     """The grid [n + 1] of the parameters of its n - 1 levels between `sigma_max` and 0."""
+    from scipy.special import softmax
+
     shares = np.cumsum(softmax([*parameters, 0.0]))[:-1]
     logs = math.log(sigma_max) + math.log(sigma_min / sigma_max) * np.append(0.0, shares)
     levels = torch.from_numpy(np.append(np.exp(logs), 0.0))
@@ -51,6 +51,8 @@ def refine(start: Tensor, sigma_min: float, ends: Ends, reference: Tensor, budge
     """
     if len(start) == 2:
         return start
+    from scipy.optimize import least_squares
+
     sigma_max = float(start[0])
 
     last: list[Any] = [None, None]  # scipy wants the Jacobian where it has just had the residuals

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from scoreray.data.errors import DataError, UserError, nearest, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.trainer.networks.diffusers_network import CALLS
 from scoreray.trainer.networks.pretrained_folder import DIFFUSERS_OPTIONS, WEIGHTS, load_pretrained, read_json
 
@@ -64,10 +64,9 @@ class PretrainedFolder:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The network's state in float32. Raises UserError (no safetensors), DataError (not those of this config)."""
-        try:
-            import diffusers
-        except ImportError:
-            raise UserError(f"import diffusers needs diffusers: {install('diffusers')}") from None
+        check_installed("diffusers", "import diffusers", "diffusers")
+        import diffusers
+
         of_class = getattr(diffusers, self.class_name)
         loaded = load_pretrained("diffusers", of_class, self.path, WEIGHTS, **DIFFUSERS_OPTIONS)
         return loaded.state_dict()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scoreray.data.errors import DataError, UserError, nearest, shortened
+from scoreray.data.extras import check_installed
 from scoreray.trainer.diffusion.denoiser import Parameterization
 from scoreray.trainer.diffusion.process import DDPM, EDM, VE, BetaSchedule, FlowMatching
 from scoreray.trainer.networks.pretrained_folder import quiet
@@ -62,6 +63,7 @@ def trained_noise(config: dict[str, Any], num_tokens: int = 0) -> TrainedNoise:
     if name not in KNOWN:
         raise UserError(f"scheduler '{shortened(name)}': {nearest(name, KNOWN)}; another scheduler_config.json of the "
                         "same model goes with --scheduler")  # fmt: skip
+    check_installed("diffusers", "import diffusers", "diffusers")
     import diffusers
 
     _check_betas(config)

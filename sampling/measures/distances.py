@@ -247,8 +247,9 @@ def sliced_wasserstein(a: Tensor, b: Tensor) -> Estimate:
     if len(a) == len(b):
         apart = (a.double().sort(0).values - b.double().sort(0).values).abs().mean(0)
     else:
-        from scipy.stats import wasserstein_distance
-
-        pairs = zip(a.T.numpy(), b.T.numpy(), strict=True)
-        apart = torch.tensor([wasserstein_distance(x, y) for x, y in pairs], dtype=torch.float64)
+        rows, columns = (one.T.double().sort(1).values for one in (a, b))
+        edges = torch.cat([rows, columns], 1).sort(1).values
+        inner = edges[:, :-1].contiguous()
+        cdfs = [torch.searchsorted(one, inner, right=True).double() / one.shape[1] for one in (rows, columns)]
+        apart = ((cdfs[0] - cdfs[1]).abs() * edges.diff(dim=1)).sum(1)  # the area between the distribution functions
     return mean_of(apart)

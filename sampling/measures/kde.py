@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.extras import check_installed
 
 CHUNK = 1 << 22  # distances held at once
 REFINED_ROWS = 1000  # that bandwidths of single dimensions are chosen on, at most
@@ -53,6 +54,7 @@ def _radial(log_value: Callable[[Tensor], Tensor], moment: Callable[[int], float
 
 
 def _log_cosine_moment(n: int) -> float:
+    check_installed("evaluate", "kernel cosine", "scipy")
     from scipy.integrate import quad
 
     return math.log(quad(lambda r: math.cos(math.pi * r / 2) * r**n, 0, 1)[0])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from scoreray.data.extras import check_installed
 from scoreray.data.reading.manifest import Manifest
 from scoreray.sampling.measures.features import ExtractorChoice
 from scoreray.sampling.metrics.misfits import Misfit
@@ -17,6 +18,8 @@ OF_FEATURES = ("reference", "samples", "extractor")
 OF_RECONSTRUCTIONS = ("reference", "restoration")
 OF_ENSEMBLES = ("reference", "ensembles")
 OF_CODES = ("reference", "codes")
+PACKAGES = {"restoration": "torchmetrics", "codes": "sklearn", "residuals": "scipy", "own_likelihood": "scipy"}
+"""Part of the protocol -> the package, of the extra `evaluate`, that computes it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class EvaluationMetric:
     def is_default(self, info: ModelInfo) -> bool:
         """Whether a model is measured in it where no metrics are named."""
         return not self.costly or (info.is_autoencoder and not {"codes", "importance"} & set(self.needs))
+
+    def check_packages(self, name: str) -> None:
+        """Raises UserError where a package that the metric, of this name, is computed by is missing."""
+        for part in self.needs:
+            if part in PACKAGES:
+                check_installed("evaluate", f"metric {name}", PACKAGES[part])
 
     @property
     def stages(self) -> set[str]:

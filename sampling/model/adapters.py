@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from scoreray.data.errors import UserError
+from scoreray.data.extras import check_installed
 from scoreray.trainer.checkpoints.stored_model import StoredModel, check_base, find_model
 from scoreray.trainer.diffusion.condition import AnyCondition, Condition, Conditions, encoded
 from scoreray.trainer.networks.lora import PEFT_PREFIX, load_adapters
@@ -33,6 +34,7 @@ class AdaptedNetwork(nn.Module):
     """
 
     def __init__(self, network: nn.Module, loras: Mapping[str, StoredModel]) -> None:
+        check_installed("lora", "a LoRA", "peft")
         from peft import PeftModel, get_peft_model
 
         super().__init__()

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from scoreray.data.errors import UserError
+from scoreray.data.extras import check_installed
 from scoreray.sampling.grids.optimise import GridSearch, optimise
 from scoreray.sampling.grids.reference import NoiseBatch
 from scoreray.sampling.grids.stored import StoredGrid
@@ -28,6 +29,7 @@ FEWEST_SAMPLES = 4
 def check_grid_request(request: Request, info: ModelInfo) -> Request:
     """The request with all that was left out filled in for a model. Raises UserError where no grid can be optimised
     for it, before any weights are read."""
+    check_installed("evaluate", "an optimised grid", "scipy")
     if info.instead_of_denoiser:
         raise UserError(f"{info.url}: {info.instead_of_denoiser}")
     if info.instead_of_mean:

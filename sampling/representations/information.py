@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated
 
 import numpy as np
-from scipy.special import xlogy
 from torch import Tensor
 
 from scoreray.sampling.measures.distances import jackknife
@@ -79,5 +78,7 @@ def mutual_information(counts: np.ndarray) -> np.ndarray:
 
 
 def _entropy(counts: np.ndarray) -> np.ndarray:
+    from scipy.special import xlogy
+
     shares = counts / counts.sum(-1, keepdims=True)
     return -xlogy(shares, shares).sum(-1)

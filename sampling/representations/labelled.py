@@ -11,7 +11,7 @@ import numpy as np
 
 from scoreray.data.classes import NO_CLASS
 from scoreray.data.errors import UserError, nearest
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.fields.field import Field, FieldRequest
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.reading.samples import SampleReader
@@ -138,10 +138,8 @@ def scikit_learn() -> Iterator[None]:
     """scikit-learn and BLAS on one thread inside: how a sum is cut is part of a result.
 
     Raises UserError where it is not installed."""
-    try:
-        import sklearn  # noqa: F401
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        raise UserError(f"this metric needs scikit-learn: {install('metrics')}") from None
+    check_installed("evaluate", "this metric", "sklearn")
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(limits=1):
         yield

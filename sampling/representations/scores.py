@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from scoreray.data.errors import UserError, nearest
+from scoreray.data.extras import check_installed
 from scoreray.data.fields.field import TARGETS, FieldRequest
 from scoreray.data.reading.samples import SampleReader, spread
 from scoreray.sampling.representations.clusters import PARTS, cluster_score
@@ -38,6 +39,7 @@ def measure_field(
     for name in (*metrics, *options):
         if name not in SCORES:
             raise UserError(f"--metrics {name}: {nearest(name, SCORES)}")
+    check_installed("evaluate", "--metrics", "sklearn")
     checked = {name: check_options(name, SCORES[name], options.get(name, {}), "metric") for name in metrics}
     reader = SampleReader(url)
     wanted = reader.manifest.find_field(field, "--field")

@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from scoreray.data.errors import UserError
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.sampling.service.config import Limits, Refused
 from scoreray.sampling.service.key_store import LEASE_S, KeyEntry, KeyStore, SQLiteKeyStore, StoreLost
 from scoreray.sampling.service.request import Claim, Completed, Event, Failed, Origin, SampleRequest
@@ -39,10 +38,9 @@ def open_key_store(url: str, limits: Limits) -> KeyStore:
     """
     if url.partition("://")[0] not in ("redis", "rediss"):
         return SQLiteKeyStore(url or ":memory:", limits)
-    try:
-        from scoreray.sampling.service.key_store_redis import RedisKeyStore
-    except ModuleNotFoundError:
-        raise UserError(f"{url}: the package redis is not installed: {install('redis')}") from None
+    check_installed("redis", url, "redis")
+    from scoreray.sampling.service.key_store_redis import RedisKeyStore
+
     return RedisKeyStore(url, os.environ.get(PASSWORD), limits)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import DataError, UserError, nearest, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.fields.encoding import Encoding
 from scoreray.trainer.encoders.base import Autoencoder
 from scoreray.trainer.encoders.files import absolute, digest, local_folder
@@ -50,10 +50,9 @@ class DiffusersAutoencoder(Autoencoder):
 
     def __init__(self, path: str) -> None:
         """Raises UserError (no such folder or class, a pickle, diffusers is missing), DataError."""
-        try:
-            import diffusers
-        except ImportError:
-            raise UserError(f"{self.kind}={path}: needs diffusers: {install('diffusers')}") from None
+        check_installed("diffusers", f"{self.kind}={path}", "diffusers")
+        import diffusers
+
         self.path = absolute(path)
         with local_folder(path, f"{self.kind}=") as root:
             folder = _folder_of(root)

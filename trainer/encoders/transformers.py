@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import DataError, UserError, nearest, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.data.fields.field import Field
 from scoreray.data.units import whole_number
 from scoreray.trainer.encoders.base import MASK, VALUES, Encoder
@@ -39,8 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 def transformers_encoder(path: str) -> Encoder:
     """A text encoder, or a feature extractor of pictures, of FOLDER, FOLDER:pooled or FOLDER:N: by its config.json.
     Raises UserError (no such folder, class or part, a pickle, transformers is missing), DataError."""
-    if importlib.util.find_spec("transformers") is None:
-        raise UserError(f"transformers={path}: needs transformers: {install('diffusers')}")
+    check_installed("diffusers", f"transformers={path}", "transformers")
     place, part = _parts(path)
     named, number = absolute(place) + path.removeprefix(place), whole_number(part)
     with local_folder(place, "transformers=") as root:

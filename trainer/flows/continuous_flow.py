@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scoreray.data.errors import UserError
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 
 FixedSolver = Literal["euler", "midpoint", "rk4"]
 AdaptiveSolver = Literal["bosh3", "dopri5", "dopri8"]
@@ -90,10 +90,7 @@ def _solver(how: Integration, parameters: Sequence[Tensor]) -> tuple[Callable[..
 
 def package() -> Any:
     """torchdiffeq. Raises UserError where it is not installed."""
-    try:
-        import torchdiffeq
-    except ImportError:
-        raise UserError(
-            f"objective.kind 'maximum_likelihood': torchdiffeq is not installed: {install('flows')}"
-        ) from None
+    check_installed("flows", "objective.kind 'maximum_likelihood'", "torchdiffeq")
+    import torchdiffeq
+
     return torchdiffeq

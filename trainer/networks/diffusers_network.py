@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError, shortened
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.trainer.diffusion.condition import (
     AnyCondition,
     ConditionKind,
@@ -269,12 +269,9 @@ class DiffusersNetwork(nn.Module):
 
 def _built(config: DiffusersNetworkConfig) -> nn.Module:
     """diffusers' own module. Raises UserError where it is not installed, refuses the config, or is not one of ours."""
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError(
-            f"network.kind diffusers needs a package that is not installed: {install('diffusers')}"
-        ) from None
+    check_installed("diffusers", "network.kind diffusers", "diffusers")
+    import diffusers
+
     values = config.config
     for key in UNSUPPORTED:
         require(not values.get(key), f"config.{key}", values.get(key), "models that have it are not supported")

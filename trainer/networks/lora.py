@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scoreray.data import checks
 from scoreray.data.errors import UserError, nearest
-from scoreray.data.extras import install
+from scoreray.data.extras import check_installed
 from scoreray.trainer.networks.base import state_misfits
 
 ADAPTER = "default"  # peft's name for the adapter that is trained; it stands in the names of its parameters
@@ -78,10 +78,9 @@ class LoRAConfig:
 
     def for_peft(self, layers: Iterable[str]) -> Any:
         """As peft's LoraConfig. Raises UserError where peft is not installed."""
-        try:
-            from peft import LoraConfig
-        except ImportError:
-            raise UserError(f"lora needs a package that is not installed: {install('lora')}") from None
+        check_installed("lora", "lora", "peft")
+        from peft import LoraConfig
+
         alpha: Any = self.rank if self.alpha is None else self.alpha  # a float too, whatever peft's annotation says
         return LoraConfig(
             r=self.rank, lora_alpha=alpha, target_modules=list(layers), lora_dropout=self.dropout, bias="none"

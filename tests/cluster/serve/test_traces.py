@@ -179,7 +179,7 @@ def test_a_package_that_is_missing_is_said_once(
 ) -> None:
     monkeypatch.setattr(traces, "_made", [])
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             with traces.span("x"):

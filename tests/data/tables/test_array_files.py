@@ -253,7 +253,9 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
 ) -> None:
     path = write(tmp_path, kind)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"a{kind}: .* needs a package: pip install 'zarr>=3' 'h5py>=3.10'"):
+    with pytest.raises(
+        UserError, match=rf"a{kind}: .* needs {package}, which is not installed: pip install 'zarr>=3' 'h5py>=3.10'"
+    ):
         opened(path, "x=latents")
 
 

@@ -102,10 +102,12 @@ def test_a_missing_package_is_one_line_that_names_what_to_install(
 ) -> None:
     run = new_run(str(tmp_path / "run"), shape=(2,), classes=0, network=MLP)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"^--format onnx: its packages are not installed: pip install 'onnx>="):
+    with pytest.raises(UserError, match=r"^--format onnx: needs onnx\w*, which is not installed: pip install 'onnx>="):
         exported(run, tmp_path / "out", "onnx")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"^hf://me/digits: needs the package huggingface_hub: pip install 'hugg"):
+    with pytest.raises(
+        UserError, match=r"^hf://me/digits: needs huggingface_hub, which is not installed: pip install 'hugg"
+    ):
         export_model(run, "hf://me/digits")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
-from scipy.stats import kstest
+from scipy.stats import kstest, wasserstein_distance
 from torch import Tensor
 
 from scoreray.data.errors import UserError
@@ -234,6 +234,9 @@ def test_sliced_wasserstein_of_a_shift() -> None:
     assert distances.sliced_wasserstein(x @ lines.T, (x + m) @ lines.T).value == pytest.approx(exact, rel=1e-9)
     double = torch.cat([x, x])
     assert distances.sliced_wasserstein(x @ lines.T, (double + m) @ lines.T).value == pytest.approx(exact, rel=1e-6)
+    a, b = (x @ lines.T)[:170], torch.cat([(x + m) @ lines.T, (x @ lines.T)[:5]])  # some values are in both
+    scipys = [wasserstein_distance(one, other) for one, other in zip(a.T.numpy(), b.T.numpy(), strict=True)]
+    assert distances.sliced_wasserstein(a, b).value == pytest.approx(np.mean(scipys), rel=1e-12)
 
 
 def test_fid_infinity_removes_the_bias_and_the_interval_holds() -> None:

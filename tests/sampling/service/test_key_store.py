@@ -276,5 +276,5 @@ def test_a_wrong_password_is_not_shown(redis_url: str, monkeypatch: pytest.Monke
 def test_redis_without_its_package_is_a_mistake_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis", None)
     monkeypatch.delitem(sys.modules, "scoreray.sampling.service.key_store_redis", raising=False)
-    with pytest.raises(UserError, match=r"^redis://h:1: the package redis is not installed: pip install [^\n]*$"):
+    with pytest.raises(UserError, match=r"^redis://h:1: needs redis, which is not installed: pip install [^\n]*$"):
         open_key_store("redis://h:1", Limits())

@@ -188,7 +188,7 @@ def test_a_missing_library_is_one_line_with_the_command_that_installs_it(
 ) -> None:
     for kind in ("diffusers", "transformers"):
         monkeypatch.setitem(sys.modules, kind, None)
-        with pytest.raises(UserError, match=f"{kind}=.*: needs {kind}: pip install 'diffusers"):
+        with pytest.raises(UserError, match=f"{kind}=.*: needs {kind}, which is not installed: pip install 'diffusers"):
             load_encoder(f"{kind}={tmp_path}", "cpu")
 
 
