@@ -293,7 +293,10 @@ def test_what_installs_an_extra_is_what_pyproject_lists_for_it() -> None:
         text = page.read_text()
         assert "pip install 'scoreray[" not in text, page
         for name in EXTRAS:
-            assert f"'.[{name}]'" not in text or install(name) in text, page
+            assert f"'.[{name}]'" not in text or install(name).partition(" (")[0] in text, page
+    rows = (ROOT / "docs" / "install.md").read_text()
+    assert all(install(name).partition(" (")[0] in rows for name in EXTRAS)
+    assert all(f"`{name}`" in rows for name in unions)
 
 
 PRESETS = (path for folder in ("configs", "configs/few-step") for path in (ROOT / folder).glob("*.yaml"))
