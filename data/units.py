@@ -37,3 +37,13 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, lt=10**12)]  # 
 CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 NumberAsText = Annotated[str, BeforeValidator(_as_text)]
 """A name that may look like a number (an EMA length): what YAML reads as a number is one too."""
+
+
+def readable_bytes(count: int) -> str:
+    """ "512 B", "3.4 MB": three figures, in powers of 1000 as disks and S3 count."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5 or unit == "PB":
+            break
+        value /= 1000
+    return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"

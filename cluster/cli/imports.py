@@ -44,6 +44,7 @@ def diffusers(
     as_json: AsJson = False,
 ) -> None:
     """Write a pretrained model of diffusers as one that sample, serve, evaluate and the other verbs take."""
+    from scoreray.cluster.display import waiting
     from scoreray.sampling.imports.import_diffusers import ImportOptions, import_diffusers
 
     if timesteps not in ("interpolate", "round"):
@@ -56,7 +57,8 @@ def diffusers(
             raise UserError(f"--null {text}: write NAME=FILE.npy, e.g. prompt=empty.npy")
         nulls[name] = path
     options = ImportOptions(scheduler, timesteps, _size(size), length, null_class, nulls)
-    imported = import_diffusers(folder, out, options)
+    with waiting("reading the weights, and writing the model"):
+        imported = import_diffusers(folder, out, options)
     left_out = [
         f"{key} of its scheduler, which changes samples and is not of the model" for key in imported.noise.left_out
     ]
@@ -109,10 +111,12 @@ def lora(
     as_json: AsJson = False,
 ) -> None:
     """Write a LoRA of peft or diffusers as one that sample, serve --lora, init and the other verbs take."""
+    from scoreray.cluster.display import waiting
     from scoreray.sampling.formats.import_lora import import_lora
 
     _check_out(out)
-    imported = import_lora(folder, out, base, ema)
+    with waiting("reading the LoRA, and writing it"):
+        imported = import_lora(folder, out, base, ema)
     left_out = [listed(imported.left_out)] if imported.left_out else []
     _report(out, "LoRA", left_out, as_json)
 

@@ -25,7 +25,9 @@ from scoreray.cluster.cli.options import ClickException
 from scoreray.cluster.cli.options import local_s3 as server_on
 from scoreray.cluster.cli.runs import demo, doctor, status, submit, train, tune
 from scoreray.cluster.cli.sample import sample
+from scoreray.cluster.cli.storage import clean, list_
 from scoreray.cluster.connect.local_ray import stop
+from scoreray.cluster.display import opening, use_plain_lines
 from scoreray.data.errors import ScorerayError, readable
 
 STOPPED = "stopped; the same command goes on from what is committed"
@@ -60,10 +62,21 @@ def common(
             help="Run an S3 server on this folder while the command runs, and send s3:// there.",
         ),
     ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            envvar="SCORERAY_PLAIN",
+            help="Progress as lines with their time: no bars, colours or cursor movement. For logs.",
+        ),
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
+    if plain:
+        use_plain_lines()
+    context.with_resource(opening())
     if local_s3 is not None:
         context.with_resource(server_on(local_s3))
 
@@ -80,6 +93,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     evaluate,
     compare,
     doctor,
+    clean,
 )
 DATA_VERBS: tuple[Callable[..., None], ...] = (pack, verify, inspect, encode, codes)
 IMPORT_VERBS: tuple[Callable[..., None], ...] = (diffusers, edm, k_diffusion, lora)
@@ -89,6 +103,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(submit)
 app.command("encode")(encode_by_model)
+app.command("list")(list_)
 for verb in DATA_VERBS:
     data_app.command()(verb)
 for verb in IMPORT_VERBS:

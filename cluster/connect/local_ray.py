@@ -19,7 +19,7 @@ from typing import Any
 from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
 from scoreray.cluster.connect.start import SHORT_LOOKS, load_line, patience, start_wait_s
 from scoreray.cluster.connect.watch import watched
-from scoreray.cluster.display import say
+from scoreray.cluster.display import say, waiting
 from scoreray.cluster.hooks import PRINTED_LINES, replaced
 from scoreray.data import own_code
 from scoreray.data.errors import MachineError, UserError
@@ -100,7 +100,7 @@ def _joined(address: str, verbose: bool, variables: dict[str, str]) -> Iterator[
         if modules:  # in the process of a job there are none: they came with the job
             added = {**added, **own_code.environment()}
         runtime = {name: value for name, value in (("env_vars", added), ("py_modules", modules)) if value} or None
-        with interruptible():
+        with waiting(f"connecting to the Ray cluster at {address}"), interruptible():
             context = ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=runtime)
     except (ConnectionError, RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
@@ -161,7 +161,7 @@ def _started(num_cpus: int, object_store_bytes: int, verbose: bool, wait_s: int)
 
     with private_folder() as folder:
         try:
-            with patience(wait_s), interruptible():
+            with waiting(f"starting Ray on this machine ({num_cpus} slots)"), patience(wait_s), interruptible():
                 ray.init(
                     num_cpus=num_cpus,
                     include_dashboard=False,

@@ -119,10 +119,10 @@ def _end(what: str) -> None:
 
 def end(line: str, status: int = STATUS) -> None:
     """From whatever thread: nothing that is open can be closed without Ray, and what is committed needs no closing."""
-    from scoreray.cluster.display import console
+    from scoreray.cluster import display
 
     with contextlib.suppress(Exception):
-        console.show_cursor()
+        display.console.show_cursor()
         sys.stdout.flush()
     os.write(2, f"scoreray: {line}\n".encode())
     os._exit(status)

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scoreray.cluster import display
 from scoreray.cluster.connect.local_ray import connected, interruptible
 from scoreray.cluster.connect.room import wait_for_room
 from scoreray.cluster.connect.start import load_line
 from scoreray.cluster.connect.watch import STOPPING
-from scoreray.cluster.display import say
+from scoreray.cluster.display import say, waiting
 from scoreray.cluster.serve.deployments import application
 from scoreray.cluster.serve.listener import check_port, free_port, reason_of, start_listening
 from scoreray.cluster.serve.log import relayed
@@ -98,8 +99,10 @@ def _progress() -> Iterator[None]:
             say(f"the service is still starting after {time.monotonic() - began:.0f} s ({load_line()}){_states()}")
 
     threading.Thread(target=report, name="serve-progress", daemon=True).start()
+    spinner = waiting("starting the service: replicas load the model")
     try:
-        yield
+        with spinner if display.console.is_terminal else contextlib.nullcontext():
+            yield
     finally:
         over.set()
 

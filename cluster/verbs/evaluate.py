@@ -11,7 +11,7 @@ from typing import Any
 from scoreray.cluster.actors import Retries, actors, completed
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import autoscaler, gpus_come, wait_for_room
-from scoreray.cluster.display import bar, say
+from scoreray.cluster.display import bar, say, waiting
 from scoreray.data import own_code
 from scoreray.data.errors import UserError
 from scoreray.sampling.evaluation.evaluate import AT_ONCE, Evaluation, evaluate, find_finished
@@ -57,11 +57,12 @@ def checked_inputs(settings: EvaluationSettings) -> EvaluationInputs:
 
     A classifier that is still to be trained is left for later, and so is whether the place can be written to.
     """
-    inputs = load_inputs(settings)
-    if not needs_training(inputs):
-        plan = make_plan(inputs)
-        if find_finished(plan) is None:
-            plan.store.check_writable()
+    with waiting("reading the model and the reference"):
+        inputs = load_inputs(settings)
+        if not needs_training(inputs):
+            plan = make_plan(inputs)
+            if find_finished(plan) is None:
+                plan.store.check_writable()
     return inputs
 
 

@@ -16,7 +16,7 @@ import torch
 
 from scoreray.cluster.actors import Retries, completed
 from scoreray.cluster.connect.local_ray import connected
-from scoreray.cluster.display import counted, say
+from scoreray.cluster.display import counted, say, waiting
 from scoreray.data.errors import UserError, nearest, shortened
 from scoreray.data.own_code import VARIABLE, py_modules
 from scoreray.data.storage.store import Store, open_store
@@ -115,7 +115,11 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
         lengths = [found.stored.ema]
     names = [_name(found, length) for length in lengths]
     mixes = _mixes(found, names)
-    with export_target(out) as folder, _tasks(mixes.values()) as each:
+    with (
+        waiting("reading the weights, and writing the model"),
+        export_target(out) as folder,
+        _tasks(mixes.values()) as each,
+    ):
         store = open_store(folder)
         source: Any = found.stored.source  # a checkpoint, where there are mixes
         check_other_place(store, found.stored)

@@ -9,7 +9,7 @@ from typing import Any
 
 from scoreray.cluster.connect.local_ray import connected
 from scoreray.cluster.connect.room import gpus_come, wait_for_room
-from scoreray.cluster.display import counted, say
+from scoreray.cluster.display import counted, say, waiting
 from scoreray.data.reading.outputs import check_picture, write_picture
 from scoreray.sampling.model.describe import describe
 from scoreray.sampling.offline.files import sheet
@@ -84,7 +84,8 @@ def sample_to(
         refuse_same(place, picture, "--picture")
     keep_large_tensors_on_the_heap()
     options = {**options, "pictures": picture is not None}
-    job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **options)
+    with waiting("reading the model"):
+        job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **options)
     plan = SamplePlan(job, place.shards.url(), model)
     if request.parallel and request.count > FEW:
         say(f"--parallel: of no use for {request.count:,} samples, which fill the network's calls; leave it out")

@@ -6,8 +6,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from scoreray.cluster.verbs.inventory import Stored, age, of_place
 from scoreray.data.storage.store import open_store
-from scoreray.data.units import counted_noun
+from scoreray.data.units import counted_noun, readable_bytes
 from scoreray.sampling.model.describe import describe
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, Checkpoint
 from scoreray.trainer.checkpoints.marker import Ancestor
@@ -18,7 +19,7 @@ from scoreray.trainer.records import read_metrics
 @dataclass(frozen=True)
 class Status:
     """images_total: after which its run ends. committed_s: Unix time of the commit, None of an exported model. loss: of
-    the last record up to that commit."""
+    the last record up to that commit. stored: what the whole run, or model, is in storage."""
 
     url: str
     images_seen: int
@@ -33,19 +34,28 @@ class Status:
     frozen: list[str] = field(default_factory=list)
     lineage: list[Ancestor] = field(default_factory=list)
     teacher: Ancestor | None = None
+    stored: Stored | None = None
 
     def answer(self) -> dict[str, Any]:
         found = asdict(self)
+        about = found.pop("stored") or {}
+        found |= {key: about[key] for key in ("state", "metrics", "bytes", "written_s") if key in about}
         return found if self.teacher is not None else {key: found[key] for key in found if key != "teacher"}
 
     def text(self) -> str:
         total = f" of {self.images_total:,}" if self.committed_s is not None else ""
-        lines = [self.url, f"  images      {self.images_seen:,}{total}"]
+        lines = [self.url]
+        if self.stored is not None:
+            ago = age(time.time() - self.stored.written_s)
+            lines.append(f"  state       {self.stored.state}, {readable_bytes(self.stored.bytes)}, last written {ago}")
+        lines += [f"  images      {self.images_seen:,}{total}"]
         if self.committed_s is not None:
-            age = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.committed_s))
-            lines.append(f"  committed   {age} UTC, by {counted_noun(self.world_size or 0, 'worker')}")
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(self.committed_s))
+            lines.append(f"  committed   {at} UTC, by {counted_noun(self.world_size or 0, 'worker')}")
         if self.loss is not None:
             lines.append(f"  loss        {self.loss:.4f}")
+        if self.stored is not None and (others := {k: v for k, v in self.stored.metrics.items() if k != "loss"}):
+            lines.append(f"  metrics     {'  '.join(f'{name} {value:.4g}' for name, value in others.items())}")
         lines.append(f"  averages    {', '.join(self.ema)}")
         lines.append(f"  samples     {'x'.join(map(str, self.shape))}, given {self.takes}")
         if self.lora is not None:
@@ -75,6 +85,7 @@ def status_of(url: str) -> Status:
         run, of_run, _ = stored.url.rpartition(f"/{FOLDER}/")
         records = read_metrics(open_store(run), stored.source) if of_run else []
         about["loss"] = records[-1].loss if records else None
+    about["stored"] = of_place(stored.url.rpartition(f"/{FOLDER}/")[0] or stored.url)
     total = stored.config.duration.images
     return Status(
         stored.url, info.images_seen, total, stored.lengths, info.image_shape, info.takes, lineage=page.lineage, **about

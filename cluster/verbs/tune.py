@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from scoreray.cluster import display
 from scoreray.cluster.connect.local_ray import connected, set_environment
 from scoreray.cluster.connect.room import autoscaler, wait_for_room
-from scoreray.cluster.display import QUIET_LINE_EVERY_S, console, say
+from scoreray.cluster.display import QUIET_LINE_EVERY_S, say, waiting
 from scoreray.sampling.model.describe import describe
 from scoreray.trainer.config import Config
 from scoreray.trainer.on_ray.run import worker_environment
@@ -79,7 +80,8 @@ def tune_to_end(plan: StudyPlan, *, verbose: bool = False) -> TuneResult:
                 table.note(f"study '{plan.sweep.study.name}' goes on: {done} trials have ended, "
                            f"{len(study.trials) - done} were under way")  # fmt: skip
             trials = study.run()
-    report = make_report(plan, trials)
+    with waiting("the report: pictures, and samples of the best trial"):
+        report = make_report(plan, trials)
     return TuneResult(store.url(), report, len(trials), time.monotonic() - started)
 
 
@@ -117,6 +119,7 @@ class TrialTable:
 
     def __init__(self, plan: StudyPlan) -> None:
         self._plan = plan
+        console = display.console
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
         self._line_at, self._shown = time.monotonic(), ""
         self._pace: Pace | None = None

@@ -25,6 +25,7 @@ from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.data.threads import map_in_threads
 
 PLAN = "packing/plan"
+IN_PLACE = "in-place"  # a word of the plan where the shards are somebody's tars, and not of its making
 
 Mapper = Callable[[PackPlan, Sequence[int]], Iterable[PackedShard]]
 """Calls pack_shard(plan, number) for all numbers and returns the results in order: by threads, or on a cluster."""
@@ -105,14 +106,15 @@ def _claim(store: Store, plan: PackPlan, skip_bad: int) -> Manifest | None:
                 f"with --skip-bad {manifest.num_left_out}, or fix them and give another URL"
             )
         return manifest
-    if store.put_new(PLAN, f"{plan.sha256} {plan.origin}".encode()) or _is_begun(store, plan):
+    begun = f"{plan.sha256} {plan.origin}{f' {IN_PLACE}' if plan.in_place else ''}".encode()
+    if store.put_new(PLAN, begun) or _is_begun(store, plan):
         return None
-    if not plan.origin or store.get(PLAN).decode().split()[1:] != [plan.origin]:
+    if not plan.origin or store.get(PLAN).decode().split()[1:2] != [plan.origin]:
         raise UserError(
             f"{store.url()}: a pack of another source, or with other arguments, has begun here, or its encoder has "
             "changed since; run that one again to finish it, give another URL, or remove what is there"
         )
-    store.put(PLAN, f"{plan.sha256} {plan.origin}".encode())
+    store.put(PLAN, begun)
     names = [Path(key).name for key, _ in store.list("packing/")]
     surplus = [name for name in names if name.isdecimal() and int(name) >= plan.num_shards]
     store.delete([] if plan.in_place else [f"shards/{name}.tar" for name in surplus])

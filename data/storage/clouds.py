@@ -20,7 +20,7 @@ import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, UnauthenticatedError
 
 from scoreray.data.errors import StorageError, Unanswered, shortened
-from scoreray.data.storage.interface import NotFound, Store, check_key
+from scoreray.data.storage.interface import NotFound, Store, StoredObject, UnfinishedWrite, check_key
 from scoreray.data.storage.retries import Refusal, brief, explain_refusal, retried
 
 CONNECT_S = 5.0
@@ -162,6 +162,17 @@ class CloudStore(Store):
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         return sorted((key, item["size"]) for key, item in self._listed(prefix))
+
+    def objects(self, prefix: str = "") -> list[StoredObject]:
+        found = self._listed(prefix)
+        return sorted(StoredObject(key, item["size"], item["last_modified"].timestamp()) for key, item in found)
+
+    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+        """None: neither cloud lists them, and both remove them after a week."""
+        return []
+
+    def abandon(self, writes: Iterable[UnfinishedWrite]) -> None:
+        pass
 
     def stamps(self) -> dict[str, str]:
         return {key: (item["e_tag"] or str(item["last_modified"])).strip('"') for key, item in self._listed("")}

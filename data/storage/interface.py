@@ -31,6 +31,27 @@ class NotAFile(StorageError):
     """What has this name is a FIFO, a socket or a device: reading it could wait, or go on, without an end."""
 
 
+@dataclass(frozen=True, order=True)
+class StoredObject:
+    """An object as a listing has it. written_s: Unix time of its last write, by the store's clock."""
+
+    key: str
+    bytes: int
+    written_s: float
+
+
+@dataclass(frozen=True, order=True)
+class UnfinishedWrite:
+    """What a write that goes on, or was killed, has left so far: a multipart upload, or a temporary file.
+
+    key: of the object that it would become. written_s: Unix time of its newest part. token: the store's name of it."""
+
+    key: str
+    bytes: int
+    written_s: float
+    token: str
+
+
 @dataclass(frozen=True)
 class Store(abc.ABC):
     """Bytes by key. Keys are relative, '/'-separated and the same on every kind of store."""
@@ -65,6 +86,18 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         """(key, bytes) of every object whose key starts with `prefix`, sorted by key."""
+
+    @abc.abstractmethod
+    def objects(self, prefix: str = "") -> list[StoredObject]:
+        """`list`, with when each was written."""
+
+    @abc.abstractmethod
+    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+        """Writes of keys that start with `prefix` and have not become objects, sorted by key."""
+
+    @abc.abstractmethod
+    def abandon(self, writes: Iterable[UnfinishedWrite]) -> None:
+        """Removes what `unfinished` gave. One that has ended meanwhile is no error, and its object stays."""
 
     @abc.abstractmethod
     def stamps(self) -> dict[str, str]:

@@ -13,7 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from scoreray.data.errors import StorageError
-from scoreray.data.storage.interface import TEMPORARY, NotAFile, NotFound, Store, check_key
+from scoreray.data.storage.interface import (
+    TEMPORARY,
+    NotAFile,
+    NotFound,
+    Store,
+    StoredObject,
+    UnfinishedWrite,
+    check_key,
+)
 
 TRIES = 10  # of a write into a folder that others clear at the same time
 
@@ -67,6 +75,32 @@ class PathStore(Store):
             return path.stat().st_size
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
+        return [(one.key, one.bytes) for one in self.objects(prefix)]
+
+    def objects(self, prefix: str = "") -> list[StoredObject]:
+        found = [one for one, is_temporary in self._walked(prefix) if not is_temporary]
+        return sorted(one for one in found if one.key.startswith(prefix))
+
+    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+        found = []
+        for one in (one for one, is_temporary in self._walked(prefix) if is_temporary):
+            folder, slash, name = one.key.rpartition("/")
+            key = f"{folder}{slash}{name.removeprefix(TEMPORARY).rpartition('-')[0]}"
+            if key.startswith(prefix) and not key.endswith("/") and key:
+                found.append(UnfinishedWrite(key, one.bytes, one.written_s, name))
+        return sorted(found)
+
+    def abandon(self, writes: Iterable[UnfinishedWrite]) -> None:
+        for one in writes:
+            path = self._path(one.key).with_name(one.token)
+            with explained(path), contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+    def _walked(self, prefix: str) -> list[tuple[StoredObject, bool]]:
+        """Every file of the folder that `prefix` is in, or below, as an object of its own name; whether it is what a
+        write left."""
         found = []
         top = os.path.join(self.root, os.path.dirname(prefix)) if prefix else self.root
         with explained(Path(top)):
@@ -76,10 +110,12 @@ class PathStore(Store):
                 for name in names:
                     path = os.path.join(folder, name)
                     key = os.path.relpath(path, self.root)
-                    if key.startswith(prefix) and not name.startswith(TEMPORARY):
+                    is_temporary = name.startswith(TEMPORARY)
+                    if is_temporary or key.startswith(prefix):
                         with contextlib.suppress(FileNotFoundError):  # removed since
-                            found.append((key, os.stat(path).st_size))
-        return sorted(found)
+                            about = os.stat(path)
+                            found.append((StoredObject(key, about.st_size, about.st_mtime), is_temporary))
+        return found
 
     def stamps(self) -> dict[str, str]:
         found = {}

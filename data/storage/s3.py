@@ -26,7 +26,7 @@ from boto3.s3.transfer import TransferConfig
 
 from scoreray.data.errors import StorageError, Unanswered
 from scoreray.data.storage import clouds
-from scoreray.data.storage.interface import Store, check_key
+from scoreray.data.storage.interface import Store, StoredObject, UnfinishedWrite, check_key
 from scoreray.data.storage.retries import (
     CODES_BUSY,
     CODES_CREDENTIALS,
@@ -138,6 +138,35 @@ class S3Store(Store):
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         return sorted((key, item["Size"]) for key, item in self._listed(prefix))
 
+    def objects(self, prefix: str = "") -> list[StoredObject]:
+        found = self._listed(prefix)
+        return sorted(StoredObject(key, item["Size"], item["LastModified"].timestamp()) for key, item in found)
+
+    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+        found = [self._unfinished(key, upload, begun) for key, upload, begun in self._uploads(prefix)]
+        return sorted(one for one in found if one is not None)
+
+    def _unfinished(self, full: str, upload: str, begun_s: float) -> UnfinishedWrite | None:
+        """None where it has ended meanwhile."""
+
+        def parts() -> list[Any]:
+            try:
+                pages = client().get_paginator("list_parts").paginate(Bucket=self._bucket, Key=full, UploadId=upload)
+                return [part for page in pages for part in page.get("Parts", [])]
+            except client().exceptions.NoSuchUpload:
+                return [None]
+
+        found, folder = _retried(self.url(), parts), self.root[5:].partition("/")[2]
+        if None in found:
+            return None
+        written_s = max([begun_s, *(part["LastModified"].timestamp() for part in found)])
+        key = full.removeprefix(f"{folder}/") if folder else full
+        return UnfinishedWrite(key, sum(part["Size"] for part in found), written_s, upload)
+
+    def abandon(self, writes: Iterable[UnfinishedWrite]) -> None:
+        for one in writes:
+            _retried(self.url(one.key), partial(self._abort, self._at(one.key)["Key"], one.token))
+
     def stamps(self) -> dict[str, str]:
         return {key: item["ETag"].strip('"') or str(item["LastModified"]) for key, item in self._listed("")}
 
@@ -151,14 +180,23 @@ class S3Store(Store):
                     raise StorageError(f"s3://{self._bucket}/{failed.get('Key')}: can't be deleted: {reason}")
 
     def clear_unfinished(self, prefix: str, but: str) -> None:
-        def uploads() -> list[tuple[str, str]]:
-            pages = client().get_paginator("list_multipart_uploads")
-            found = pages.paginate(Bucket=self._bucket, Prefix=self._at(prefix.rstrip("/"))["Key"])
-            return [(item["Key"], item["UploadId"]) for page in found for item in page.get("Uploads", [])]
-
-        for key, upload in _retried(self.url(), uploads):
+        for key, upload, _ in self._uploads(prefix):
             if but not in key:
                 _retried(self.url(), partial(self._abort, key, upload))
+
+    def _uploads(self, prefix: str) -> list[tuple[str, str, float]]:
+        """(whole key, upload's name, Unix time of its begin)."""
+        folder = self.root[5:].partition("/")[2]
+        full = f"{folder}/{prefix}" if folder else prefix
+
+        def uploads() -> list[tuple[str, str, float]]:
+            found = (
+                client().get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=full.rstrip("/"))
+            )
+            items = [item for page in found for item in page.get("Uploads", []) if item["Key"].startswith(full)]
+            return [(item["Key"], item["UploadId"], item["Initiated"].timestamp()) for item in items]
+
+        return _retried(self.url(), uploads)
 
     def _abort(self, key: str, upload: str) -> None:
         with contextlib.suppress(client().exceptions.NoSuchUpload):
