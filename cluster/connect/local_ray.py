@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
-from scoreray.cluster.connect.start import SHORT_LOOKS, load_line, patience, start_wait_s
+from scoreray.cluster.connect.start import SHORT_LOOKS, START_S, DaemonEnded, load_line, patience, start_wait_s
 from scoreray.cluster.connect.watch import watched
 from scoreray.cluster.display import say, waiting
 from scoreray.cluster.hooks import PRINTED_LINES, replaced
@@ -127,7 +127,10 @@ def _warn_without_token(gcs: str) -> None:
 
 
 class _TooSlow(MachineError):
-    """Ray's daemons did not answer in time."""
+    """Ray's daemons did not answer in time, or one of them gave up waiting: a raylet of Ray 2.60 ends after 15 s
+    without its agents' ports. `ended`: whether it was that."""
+
+    ended = False
 
 
 @contextlib.contextmanager
@@ -140,9 +143,10 @@ def _embedded(num_cpus: int, verbose: bool, object_store_bytes: int = OBJECT_STO
         try:
             folder = stack.enter_context(_started(num_cpus, object_store_bytes, verbose, wait_s))
         except _TooSlow as error:
-            if (longer_s := start_wait_s()) < 2 * wait_s:
+            longer_s = start_wait_s()
+            if longer_s <= START_S if error.ended else longer_s < 2 * wait_s:
                 raise
-            say(f"{error}; the machine has become busier: once more, waiting up to {longer_s} s")
+            say(f"{error}; the machine is busy: once more, waiting up to {longer_s} s")
             folder = stack.enter_context(_started(num_cpus, object_store_bytes, verbose, longer_s))
         os.environ[SCRATCH] = str(folder)
         signal.signal(signal.SIGTERM, stop)  # Ray has set a handler that prints a stack and dies
@@ -177,8 +181,12 @@ def _started(num_cpus: int, object_store_bytes: int, verbose: bool, wait_s: int)
         except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
             ray.shutdown()
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            kind = _TooSlow if "timed out" in reason.lower() else MachineError
-            raise kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}") from error
+            ended = isinstance(error, DaemonEnded)
+            kind = _TooSlow if ended or "timed out" in reason.lower() else MachineError
+            failed = kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}")
+            if isinstance(failed, _TooSlow):
+                failed.ended = ended
+            raise failed from error
         yield folder
 
 

@@ -203,6 +203,27 @@ def test_a_ray_that_was_too_slow_is_started_again_only_with_a_longer_limit(
     assert waits == ["30", "240"][:tries] if loads[0] < 16 else ["240"]
 
 
+@pytest.mark.parametrize(("load", "tries"), [(1, 1), (16, 2)])
+def test_a_ray_whose_daemon_ended_is_started_once_more_on_a_busy_machine(
+    load: float, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a raylet gives up waiting for its own agents; elsewhere it has a reason that stays."""
+    import ray
+
+    begun = list[str]()
+
+    def init(**_: Any) -> None:
+        begun.append("")
+        raise ray_start.DaemonEnded("its raylet has ended")
+
+    monkeypatch.setattr(ray_start, "crowding", lambda: max(1.0, load / 2))
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(MachineError, match="its raylet has ended"), local_ray._embedded(1, False):
+        raise AssertionError
+    assert len(begun) == tries
+
+
 @pytest.mark.parametrize("name", ["ä", "\udcff", "a\nb", "it's", "x" * 60])
 def test_a_temporary_folder_that_ray_can_not_use_is_passed_over(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
