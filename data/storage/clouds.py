@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -163,11 +163,11 @@ class CloudStore(Store):
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         return sorted((key, item["size"]) for key, item in self._listed(prefix))
 
-    def objects(self, prefix: str = "") -> list[StoredObject]:
+    def objects(self, prefix: str = "") -> Sequence[StoredObject]:
         found = self._listed(prefix)
         return sorted(StoredObject(key, item["size"], item["last_modified"].timestamp()) for key, item in found)
 
-    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+    def unfinished(self, prefix: str = "") -> Sequence[UnfinishedWrite]:
         """None: neither cloud lists them, and both remove them after a week."""
         return []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +88,11 @@ class Store(abc.ABC):
         """(key, bytes) of every object whose key starts with `prefix`, sorted by key."""
 
     @abc.abstractmethod
-    def objects(self, prefix: str = "") -> list[StoredObject]:
+    def objects(self, prefix: str = "") -> Sequence[StoredObject]:
         """`list`, with when each was written."""
 
     @abc.abstractmethod
-    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+    def unfinished(self, prefix: str = "") -> Sequence[UnfinishedWrite]:
         """Writes of keys that start with `prefix` and have not become objects, sorted by key."""
 
     @abc.abstractmethod

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -77,11 +77,11 @@ class PathStore(Store):
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         return [(one.key, one.bytes) for one in self.objects(prefix)]
 
-    def objects(self, prefix: str = "") -> list[StoredObject]:
+    def objects(self, prefix: str = "") -> Sequence[StoredObject]:
         found = [one for one, is_temporary in self._walked(prefix) if not is_temporary]
         return sorted(one for one in found if one.key.startswith(prefix))
 
-    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+    def unfinished(self, prefix: str = "") -> Sequence[UnfinishedWrite]:
         found = []
         for one in (one for one, is_temporary in self._walked(prefix) if is_temporary):
             folder, slash, name = one.key.rpartition("/")
@@ -98,7 +98,7 @@ class PathStore(Store):
             with contextlib.suppress(OSError):
                 path.parent.rmdir()
 
-    def _walked(self, prefix: str) -> list[tuple[StoredObject, bool]]:
+    def _walked(self, prefix: str) -> Sequence[tuple[StoredObject, bool]]:
         """Every file of the folder that `prefix` is in, or below, as an object of its own name; whether it is what a
         write left."""
         found = []

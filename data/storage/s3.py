@@ -138,11 +138,11 @@ class S3Store(Store):
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         return sorted((key, item["Size"]) for key, item in self._listed(prefix))
 
-    def objects(self, prefix: str = "") -> list[StoredObject]:
+    def objects(self, prefix: str = "") -> Sequence[StoredObject]:
         found = self._listed(prefix)
         return sorted(StoredObject(key, item["Size"], item["LastModified"].timestamp()) for key, item in found)
 
-    def unfinished(self, prefix: str = "") -> list[UnfinishedWrite]:
+    def unfinished(self, prefix: str = "") -> Sequence[UnfinishedWrite]:
         found = [self._unfinished(key, upload, begun) for key, upload, begun in self._uploads(prefix)]
         return sorted(one for one in found if one is not None)
 
@@ -184,12 +184,12 @@ class S3Store(Store):
             if but not in key:
                 _retried(self.url(), partial(self._abort, key, upload))
 
-    def _uploads(self, prefix: str) -> list[tuple[str, str, float]]:
+    def _uploads(self, prefix: str) -> Sequence[tuple[str, str, float]]:
         """(whole key, upload's name, Unix time of its begin)."""
         folder = self.root[5:].partition("/")[2]
         full = f"{folder}/{prefix}" if folder else prefix
 
-        def uploads() -> list[tuple[str, str, float]]:
+        def uploads() -> Sequence[tuple[str, str, float]]:
             found = (
                 client().get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=full.rstrip("/"))
             )

@@ -59,7 +59,7 @@ def described() -> dict[str, str]:
         _id(group, cls, name): description(cls, name)
         for group in groups()
         for cls in group.classes
-        for name in annotations(cls)
+        for name in types_of(cls)
         if name != "kind" or not kind_of(cls)
     }
 
@@ -68,7 +68,7 @@ def _groups(cls: type, path: str) -> Iterator[Group]:
     seen: set[type] = set()
 
     def within(cls: type, path: str) -> Iterator[Group]:
-        for name, annotation in annotations(cls).items():
+        for name, annotation in types_of(cls).items():
             classes = tuple(one for one in _classes(annotation) if one not in seen)
             seen.update(classes)
             place = f"{path}{name}"
@@ -81,11 +81,12 @@ def _groups(cls: type, path: str) -> Iterator[Group]:
 
 
 @cache
-def annotations(cls: type) -> dict[str, Any]:
+def types_of(cls: type) -> dict[str, Any]:
     """Key -> its type, of a section's class."""
     if issubclass(cls, BaseModel):
         hints = typing.get_type_hints(cls, include_extras=True)
         return {name: hints[name] for name in cls.model_fields}
+    assert dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -106,13 +107,13 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def kind_of(cls: type) -> str | None:
-    return getattr(cls, "kind", None) if "kind" in annotations(cls) else None
+    return getattr(cls, "kind", None) if "kind" in types_of(cls) else None
 
 
 def description(cls: type, name: str) -> str:
     """What a docstring says of a key, "" where it says nothing."""
     for base in cls.__mro__:
-        if found := _descriptions(base, tuple(annotations(cls))).get(name):
+        if found := _descriptions(base, tuple(types_of(cls))).get(name):
             return found
     return next((found for base in cls.__mro__ if (found := _sentence(base, name))), "")
 
@@ -122,7 +123,7 @@ def _descriptions(cls: type, names: tuple[str, ...]) -> dict[str, str]:
     """Key -> its words, of those that this class's own docstring describes."""
     one = rf"`?(?:{'|'.join(names)})`?"
     begin = rf"(?:^|(?<=  )|(?<=[.;] )){one}(?:, {one})*: "
-    found = {}
+    found: dict[str, str] = {}
     for words in re.split(rf"(?={begin})|\n\n", _doc(cls), flags=re.M):
         if match := re.match(rf"({one}(?:, {one})*): (.*)", words, re.S):
             found |= dict.fromkeys(re.findall(r"\w+", match[1]), _in_one_line(match[2]))
@@ -164,7 +165,7 @@ def _group(group: Group) -> str:
 
 def _summary(cls: type) -> str:
     """What a class's docstring says before its keys."""
-    begin = rf"`?(?:{'|'.join(annotations(cls))})`?(?:, `?\w+`?)*: "
+    begin = rf"`?(?:{'|'.join(types_of(cls))})`?(?:, `?\w+`?)*: "
     return docstrings.markdown(re.split(rf"(?:^|(?<=  )){begin}", _doc(cls), maxsplit=1, flags=re.M)[0].strip())
 
 
@@ -185,7 +186,7 @@ def _keys(group: Group, cls: type) -> str:
         rows.append(
             (
                 f"`{name}`{anchor}",
-                in_words(about, annotations(cls)[name]),
+                in_words(about, types_of(cls)[name]),
                 default,
                 docstrings.escaped(description(cls, name)),
             )
