@@ -30,8 +30,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as the repository has them become links of the site."""
-    return site_pages.with_site_links(markdown, page.file.src_uri, _texts(files), config.repo_url)
+    """Links as the repository has them become links of the site, formulas are drawn; logs are found after manuals."""
+    if page.file.src_uri in ("changelog.md", "benchmarks/results.md"):
+        page.meta["search"] = {"boost": 0.2}
+    linked = site_pages.with_site_links(markdown, page.file.src_uri, _texts(files), config.repo_url)
+    return site_pages.with_drawn_formulas(linked)
 
 
 def generated() -> dict[str, str]:

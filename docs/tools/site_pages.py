@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import reference_python
+import site_math
 
 ROOT = Path(__file__).resolve().parents[2]
 FROM_ELSEWHERE = {
@@ -26,6 +27,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 CODE_OR_LINK = re.compile(
     rf"^(?P<fence>`{{3,}}).*?^(?P=fence)`*[ \t]*$|`[^`\n]+`|(?P<link>{LINK.pattern})", re.M | re.S
 )
+CODE = re.compile(r"^(`{3,}).*?^\1`*[ \t]*$|^    [^\n]*$|`[^`\n]+`", re.M | re.S)
+"""Fenced, indented by four, or in a line."""
 NAMED_PAGE = re.compile(rf"{CODE_OR_LINK.pattern}|(?<![\w/.])docs/(?P<page>[\w/-]+\.md)(?![\w#])", re.M | re.S)
 
 
@@ -118,6 +121,15 @@ def page_of(path: str) -> str | None:
         return reference_python.page_of(path)
     shown = {picture for page in FROM_ELSEWHERE for picture in pictures(page)}
     return PICTURES + posixpath.basename(path) if path in shown else None
+
+
+def with_drawn_formulas(markdown: str) -> str:
+    """A page's formulas as pictures; code is left as it is."""
+    parts, end = [], 0
+    for code in CODE.finditer(markdown):
+        parts += [site_math.with_formulas(markdown[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, site_math.with_formulas(markdown[end:])])
 
 
 def with_links_to_pages(text: str, uri: str) -> str:

@@ -149,6 +149,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         head += re.findall(r"<link\b[^>]*?href=\"?([^\" >]+)", text_of(page))
         assert head
         assert not [address for address in head if "://" in address or address.startswith("//")], page
+    assert not [page for page in site.rglob("*.html") if re.search(r"\$\$|\\\\sigma|\\\\alpha", text_of(page))]
     assert (site / "search" / "search_index.js").stat().st_size > 100_000  # what file:// can read
 
 
@@ -183,6 +184,18 @@ def test_a_pattern_of_the_navigation_is_the_pages_that_no_other_entry_names() ->
         {"How": ["new.md"]},
         {"Help": ["faq.md"]},
     ]
+
+
+def test_formulas_are_drawn_on_the_line_and_code_is_left_alone() -> None:
+    drawn = site_pages.with_drawn_formulas("So $x_t$ of `$HOME$`.\n\n    echo $A $B\n\n$$\\frac{a}{b}$$\n")
+    assert drawn.count("<svg ") == 2
+    assert 'aria-label="x&#95;t"' in drawn
+    assert '<div class="formula"><svg ' in drawn
+    assert "`$HOME$`" in drawn
+    assert "echo $A $B" in drawn
+    assert site_pages.with_drawn_formulas("from $5 to $10, $a or $b") == "from $5 to $10, $a or $b"
+    with pytest.raises(ValueError, match="nosuch"):
+        site_pages.with_drawn_formulas("$\\nosuch{a}$")
 
 
 def test_docstrings_are_plain_text() -> None:
