@@ -312,7 +312,7 @@ def _step(
     try:
         norm = engine.step(learning_rate, decays)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; {_blame(loss, sigma, batch, world_size)}") from None
+        raise NonFiniteError(f"{error}; {_blame(loss, sigma, batch, world_size)}; see docs/faq.md#nan") from None
     meter.add(loss, sigma, images.shape[2:])
     return norm
 

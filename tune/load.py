@@ -225,7 +225,8 @@ def _metric_mistakes(sweep: Sweep, manifest: Manifest, info: ModelInfo) -> list[
     found = []
     if tuple(manifest.shape) != info.sample_shape:
         found.append(
-            f"metric.reference: samples of shape {list(manifest.shape)}, training has {list(info.sample_shape)}"
+            f"metric.reference: samples of shape {list(manifest.shape)}, training has {list(info.sample_shape)}; "
+            "give a data set of that shape"
         )
     is_8_bit = manifest.dtype == "uint8" and info.encoding is None
     latents = None if info.encoding is None or info.target is None else info.target.name

@@ -136,8 +136,8 @@ def doctor(
 ) -> None:
     """Say what is missing and what will not fit before a run finds out; exit status 2 when there is a problem.
 
-    With RAY_ADDRESS (or as `submit doctor`) every node is examined: versions, clock, disks, storage, network, token,
-    ports.
+    Its last line names the page and headings that explain what is not good. With RAY_ADDRESS (or as `submit doctor`)
+    every node is examined: versions, clock, disks, storage, network, token, ports.
     """
     from dataclasses import asdict
 
@@ -146,6 +146,7 @@ def doctor(
     from scoreray.cluster.doctor.facts import RunNeeds
     from scoreray.cluster.doctor.machine import Machine, parse_bytes, parse_shape
     from scoreray.cluster.doctor.nodes import examine_cluster, resources_of_nodes
+    from scoreray.cluster.finding import pages
     from scoreray.data.errors import UserError
     from scoreray.trainer.config import load_config
 
@@ -164,6 +165,8 @@ def doctor(
     else:
         for one in found:
             typer.echo(f"{one.state:8}{one.topic}: {one.text}")
+        if more := pages(found):
+            typer.echo(f"{'see':8}{more}")
     if any(one.state == "problem" for one in found):
         raise typer.Exit(2)
 

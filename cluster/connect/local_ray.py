@@ -183,7 +183,10 @@ def _started(num_cpus: int, object_store_bytes: int, verbose: bool, wait_s: int)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             ended = isinstance(error, DaemonEnded)
             kind = _TooSlow if ended or "timed out" in reason.lower() else MachineError
-            failed = kind(f"Ray could not be started on this machine ({_state(folder)}): {reason}")
+            failed = kind(
+                f"Ray could not be started on this machine ({_state(folder)}): {reason}; "
+                "see docs/faq.md#ray-doesnt-start"
+            )
             if isinstance(failed, _TooSlow):
                 failed.ended = ended
             raise failed from error
@@ -225,7 +228,10 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS={address}: nothing answers there ({error.strerror or error})") from None
+        raise UserError(
+            f"RAY_ADDRESS={address}: nothing answers there ({error.strerror or error}); give the address of a cluster "
+            "that runs, or unset it to start Ray on this machine"
+        ) from None
 
 
 @contextlib.contextmanager

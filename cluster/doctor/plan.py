@@ -130,7 +130,9 @@ def plan(config: Config, fields: RunFields | None, shape: tuple[int, ...], machi
 def _ranks_per_node(config: Config, machine: Machine, workers: int) -> int:
     if machine.num_nodes is not None:
         if workers % machine.num_nodes:
-            raise UserError(f"--nodes {machine.num_nodes}: does not divide the run's {workers} workers")
+            raise UserError(
+                f"--nodes {machine.num_nodes}: does not divide the run's {workers} workers; give one that does"
+            )
         return workers // machine.num_nodes
     return min(workers, machine.gpus_per_node or NODE_RANKS) if config.scaling.use_gpu else workers
 

@@ -66,7 +66,9 @@ class JobsClient:
         if status >= 500:
             return Unreachable(f"{self.address}: the cluster's dashboard fails ({status}): {last}")
         if isinstance(error, ConnectionError | requests.exceptions.RequestException | OSError):
-            return Unreachable(f"{self.address}: no answer from the cluster's dashboard")
+            return Unreachable(
+                f"{self.address}: no answer from the cluster's dashboard; check --address, and the way there"
+            )
         return UserError(f"{self.address}: {last}") if isinstance(error, RuntimeError) else None
 
     def jobs(self) -> list[Any]:

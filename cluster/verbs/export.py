@@ -107,7 +107,8 @@ def export_model(url: str, out: str, lengths: Sequence[str] = (), options: Expor
     if options.samples and found.info.is_autoencoder:
         raise UserError(f"--samples: {found.info.instead_of_denoiser}")
     if options.samples and len(found.info.sample_shape) < 2:
-        raise UserError(f"--samples: no picture can be made of samples of shape {list(found.info.sample_shape)}")
+        shape = list(found.info.sample_shape)
+        raise UserError(f"--samples: no picture can be made of samples of shape {shape}; leave it out")
     if options.samples:
         found.info.check_decodes()
     one_lora = options.format == LORA

@@ -69,7 +69,10 @@ def _load(job: SampleJob) -> Any:
     model = load_to_sample(job.checkpoint, job.ema)
     model.info = model.info.at_size(job.request.size)
     if fingerprint(model) != job.weights:
-        raise DataError(f"{job.checkpoint}: its weights are not those that this job began with")
+        raise DataError(
+            f"{job.checkpoint}: its weights are not those that this job began with; put these back, or give another "
+            "--out"
+        )
     if job.raw:
         model.info = model.info.as_latents()
     return model

@@ -176,7 +176,8 @@ def with_statistics(of: Field, total: FieldMoments) -> Field:
     low, high = total.low[keep], total.high[keep]
     if not all(np.isfinite(one).all() for one in (mean, std)):
         raise UserError(
-            f"field '{of.name}': values up to {max(abs(low.min()), high.max()):.3g} are too large to square"
+            f"field '{of.name}': values up to {max(abs(low.min()), high.max()):.3g} are too large to square; "
+            "scale the values before they are packed"
         )
     if of.encoding is not None and of.normalisation == "channel" and not (std > 0).all():
         of = replace(of, normalisation="none")  # a channel that its encoder never uses: seen once all is encoded

@@ -26,6 +26,7 @@ SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 SITE = Path(sysconfig.get_path("purelib"))
 FILE = re.compile(r"(?<![\w./*-])(?:[\w.-]+/)*\w[\w-]*\.py\b")
 WRITTEN = {"pipeline.py", "denoiser/denoiser.py"}  # by an export to diffusers, into its folder
+OF_ANY_PACKAGE = {"__init__.py"}
 BASENAMES = Counter(path.name for path in SOURCES)
 
 
@@ -51,7 +52,11 @@ def exists(name: str, named_in: Path) -> bool:
     """A path from the root, from the file that names it, or in an installed package; a bare name that only one of our
     files has will do too."""
     places = (ROOT / name, named_in.parent / name, SITE / name)
-    return name in WRITTEN or any(place.is_file() for place in places) or ("/" not in name and BASENAMES[name] == 1)
+    return (
+        name in WRITTEN | OF_ANY_PACKAGE
+        or any(place.is_file() for place in places)
+        or ("/" not in name and BASENAMES[name] == 1)
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

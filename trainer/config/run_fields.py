@@ -145,9 +145,14 @@ def run_fields(
         try:
             spec, request = _condition(key, name, one, known, source)
             if shapes and (spec.kind == "concat" or _shapes(known[request.field], data)):
-                raise UserError(f"{key}: field '{request.field}' has one size, and the data set's buckets have several")
+                raise UserError(
+                    f"{key}: field '{request.field}' has one size, and the data set's buckets have "
+                    "several; leave it out"
+                )
             if request.field in sources.values():
-                raise UserError(f"{key}: field '{request.field}' conditions the network already, under another name")
+                raise UserError(
+                    f"{key}: field '{request.field}' conditions the network already, under another name; leave one out"
+                )
         except UserError as error:
             mistakes.append(str(error))
             continue

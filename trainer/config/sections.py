@@ -415,7 +415,7 @@ class Config(Section):
                 ]
         lanes = self.data.num_lanes or default_lanes(batch)
         if batch % lanes:
-            return [f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}"]
+            return [f"data.num_lanes: {lanes} does not divide data.global_batch_size {batch}; give a divisor"]
         for workers in (low, high):
             if lanes % workers:
                 fitting = math.lcm(low, high)
