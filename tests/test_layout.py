@@ -299,6 +299,11 @@ def test_what_installs_an_extra_is_what_pyproject_lists_for_it() -> None:
     assert all(f"`{name}`" in rows for name in unions)
 
 
+def test_the_readme_is_for_a_first_look() -> None:
+    """Who wants more has the pages that it names."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 PRESETS = (path for folder in ("configs", "configs/few-step") for path in (ROOT / folder).glob("*.yaml"))
 
 
