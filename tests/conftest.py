@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import psutil
 import pytest
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, PATIENT_RAY
 
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import FORMATS, digest, index_bytes
@@ -313,7 +313,7 @@ class Nodes:
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             **QUICK_HEALTH_CHECKS,
-            "RAY_raylet_start_wait_time_s": "120",
+            **PATIENT_RAY,
             "RAY_worker_niceness": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from waiting import PATIENT_RAY
 
 from scoreray.cluster.connect import room
 from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
@@ -170,7 +171,7 @@ def from_zero() -> Iterator[dict[str, str]]:
         port = free.getsockname()[1]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | token
-    environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_raylet_start_wait_time_s": "120",
+    environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", **PATIENT_RAY,
                     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # fmt: skip
     with private_folder() as folder:
         provider = {"type": "fake_multinode", "disable_node_updaters": True, "gcs_address": f"127.0.0.1:{port}"}

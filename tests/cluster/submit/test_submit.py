@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, PATIENT_RAY, wait_until
 
 from scoreray.cluster.connect.folder import private_folder
 from scoreray.cluster.wheel import PACKAGES, build_wheel
@@ -88,28 +88,34 @@ def head(local_s3: LocalS3) -> Iterator[tuple[int, str]]:
     environment = {
         **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "",
+        **PATIENT_RAY,
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     with private_folder() as folder:
         (folder / "site").mkdir()
         (folder / "site" / "sitecustomize.py").write_text(HIDE_EDITABLE)
         environment["PYTHONPATH"] = str(folder / "site")
+        output = (folder / "output").open("w+")
         ray = subprocess.Popen(
             [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--temp-dir={folder}",
              "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
              f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
              f"--metrics-export-port={metrics}", "--object-store-memory=80000000", "--node-ip-address=127.0.0.1"],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=environment, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         try:
             request = urllib.request.Request(
                 f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
             )
-            for _ in range(240):
+
+            def answers() -> bool:
+                assert ray.poll() is None, (folder / "output").read_text()
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(request, timeout=5).read()
-                    break
-                time.sleep(0.5)
+                    return True
+                return False
+
+            wait_until(answers, "the dashboard answers")
             yield dashboard, token
         finally:
             ray.terminate()
@@ -117,6 +123,7 @@ def head(local_s3: LocalS3) -> Iterator[tuple[int, str]]:
                 ray.wait(timeout=5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(ray.pid, 9)
+            output.close()
 
 
 HIDE_EDITABLE = """

@@ -74,10 +74,10 @@ def test_neighbours_in_the_run_are_spread_over_the_data_set_like_in_a_full_permu
 
 
 def test_a_run_of_1e9_samples_in_1e5_shards_is_opened_anywhere_at_once() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     order = Order(np.full(100_000, 10_000), seed=1, num_lanes=64, shuffle_block=256)
     samples = order.samples(np.arange(7_500_000_000, 7_500_000_256))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(set(samples.tolist())) == 256
 
 

@@ -19,15 +19,18 @@ from scoreray.data.storage.store import open_store
 class Server:
     """Answers call k by behaviours[k], the last one from then on."""
 
+    slow_s = 1.0
+
     def __init__(self, *behaviours: str) -> None:
         self.behaviours, self.calls, self.lock = list(behaviours), 0, threading.Lock()
+        self.released = threading.Event()  # ends the wait of the slow ones
 
     def __call__(self, key: str, start: int, end: int) -> bytes:
         with self.lock:
             behaviour = self.behaviours[min(self.calls, len(self.behaviours) - 1)]
             self.calls += 1
         if behaviour.startswith("slow"):
-            time.sleep(1.0)
+            self.released.wait(self.slow_s)
         if behaviour.endswith("fails"):
             raise StorageError("no answer")
         return b"answer"
@@ -40,10 +43,12 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_straggler_is_overtaken_by_a_second_request() -> None:
     stats = ReadStats()
-    get = HedgedGet(Server("slow", "quick"), stats)
-    started = time.monotonic()
+    server = Server("slow", "quick")
+    server.slow_s = PATIENCE_S
+    get, started = HedgedGet(server, stats), time.monotonic()
     assert get("key", 0, 6) == b"answer"
-    assert time.monotonic() - started < 0.8
+    assert time.monotonic() - started < PATIENCE_S / 2
+    server.released.set()
     assert stats.num_hedges == 1
 
 

@@ -24,6 +24,7 @@ from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
 from scoreray.trainer.config import Config, load_config
 from scoreray.trainer.loop import train
+from scoreray.trainer.on_ray import run as on_ray_run
 from scoreray.trainer.on_ray.run import fit
 from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.records import read_metrics
@@ -161,7 +162,7 @@ def test_a_killed_driver_resumes_by_the_same_command(
     family: list[psutil.Process] = []
     deadline = time.monotonic() + PATIENCE_S
     while latest(run_store(config)) is None:
-        assert time.monotonic() < deadline, "no checkpoint within 120 s"
+        assert time.monotonic() < deadline, "no checkpoint"
         assert driver.poll() is None, "the run ended before it could be killed"
         family = psutil.Process(driver.pid).children(recursive=True)
         time.sleep(0.1)
@@ -196,11 +197,12 @@ def test_one_process_without_ray_trains_the_same(uninterrupted: Any, data_url: s
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
-def test_a_finished_run_is_not_trained_again(uninterrupted: Any, data_url: str) -> None:
+def test_a_finished_run_is_not_trained_again(
+    uninterrupted: Any, data_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(settings(data_url, "uninterrupted"))
-    started = time.monotonic()
+    monkeypatch.setattr(on_ray_run, "_start_monitor", lambda *_: pytest.fail("something was started"))
     assert fit(prepare_run(config).config) == TOTAL
-    assert time.monotonic() - started < 5  # no worker was started
 
 
 def test_another_config_is_refused_by_key(uninterrupted: Any, data_url: str) -> None:
