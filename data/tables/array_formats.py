@@ -5,8 +5,9 @@ Zarr and HDF5 (with it NetCDF-4) are read by their own libraries, an extra (`dat
 
 from __future__ import annotations
 
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,8 +50,8 @@ class Variable:
 
     @property
     def is_grid(self) -> bool:
-        """Whether a sample is one value at each place of the Earth, [lat, lon], and so lacks an axis of channels."""
-        return len(self.dims) == 3 and self.dims[1].lower() in LATITUDES and self.dims[2].lower() in LONGITUDES
+        """Whether a sample is one value at each place of a map, [lat, lon], and so lacks an axis of channels."""
+        return len(self.dims) == 3 and _names(self.dims[1], LATITUDES) and _names(self.dims[2], LONGITUDES)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         found = np.asarray(self.data[start:stop])
@@ -65,6 +66,12 @@ class Variable:
                 raise DataError(f"row {start + int(np.argwhere(missing)[0][0])}: a value is missing (_FillValue)")
             found = np.where(missing, np.array(np.nan, found.dtype), found)
         return found[:, None] if self.is_grid else found
+
+
+def _names(dimension: str, axes: Sequence[str]) -> bool:
+    """Whether a dimension is one of these axes, also as one of several grids of a file has it: `coarse_y`, `lat_2`."""
+    name = dimension.lower()
+    return name in axes or any(part in axes for part in name.split("_"))
 
 
 OpenArrays = Callable[[Store, str], Mapping[str, Variable]]
@@ -185,6 +192,8 @@ def _netcdf3(store: Store, name: str) -> Mapping[str, Variable]:
     check_installed("arrays", f"{shown(store.url(name))}: NetCDF of version 3", "scipy")
     from scipy.io import netcdf_file
 
+    # SciPy warns at the process's end that arrays still refer to the file, which is how it is read
+    warnings.filterwarnings("ignore", "Cannot close a netcdf_file opened with mmap=True", RuntimeWarning)
     opened = netcdf_file(f"{store.root}/{name}", "r", mmap=True)
     return {
         key: Variable(one.data, tuple(one.dimensions), **_packing(vars(one).get("_attributes", {})), owner=opened)

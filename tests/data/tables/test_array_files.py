@@ -197,6 +197,16 @@ def test_netcdf_grids_get_a_channel_are_joined_and_unpacked(tmp_path: Path) -> N
         opened(tmp_path / "a.nc", "lat=lat")
 
 
+def test_a_second_grid_of_a_file_has_a_channel_too(tmp_path: Path) -> None:
+    with scipy.io.netcdf_file(tmp_path / "a.nc", "w") as file:
+        for name, length in (("time", N), ("coarse_y", 6), ("coarse_x", 8), ("level", 6), ("copy", 8)):
+            file.createDimension(name, length)
+        file.createVariable("grid", "f", ("time", "coarse_y", "coarse_x"))[:] = WIND
+        file.createVariable("profiles", "f", ("time", "level", "copy"))[:] = WIND
+    source = opened(tmp_path / "a.nc", "grid=grid", "profiles=profiles")
+    assert [one.shape for one in source.fields] == [[1, 6, 8], [6, 8]]
+
+
 def test_files_that_a_pattern_names_follow_each_other(tmp_path: Path) -> None:
     for year in (2001, 2002):
         with scipy.io.netcdf_file(tmp_path / f"{year}.nc", "w") as file:
