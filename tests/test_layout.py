@@ -22,7 +22,7 @@ from waiting import PATIENCE_S
 
 from scoreray.cluster.wheel import LEFT_OUT, build_wheel
 from scoreray.data.extras import EXTRAS, install
-from scoreray.data.presets import preset
+from scoreray.data.presets import bundled_images, preset
 from scoreray.trainer.config import load_config
 from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.optim.optimizer import OptimizerConfig
@@ -268,6 +268,10 @@ def test_a_local_file_comes_before_the_preset_of_its_name(tmp_path: Path, monkey
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").touch()
     assert preset(Path("configs/demo.yaml")) == Path("configs/demo.yaml")
+    assert bundled_images("fashion-mnist.npz") == str(ROOT / "data" / "fashion-mnist.npz")
+    assert bundled_images("other.npz") == "other.npz"
+    (tmp_path / "fashion-mnist.npz").touch()
+    assert bundled_images("fashion-mnist.npz") == "fashion-mnist.npz"
 
 
 def test_every_config_that_the_docs_name_is_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ PORTS = ("8000", "8265", "6379", "9000")
 END = "tutorial-command-ended"
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?[kMG]?")
 FENCE = re.compile(
-    r"(?P<comments>(?:^<!-- test: .* -->\n)*)^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n"
+    r"(?P<comments>(?:^<!-- test: [^\n]* -->\n)*)^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n"
     r"(?P<body>.*?)^```$",
     re.M | re.S,
 )
@@ -117,7 +117,7 @@ def differs(printed: str, expected: tuple[str, ...]) -> str | None:
     lines = iter(printed.splitlines())
     for line in expected:
         pattern = _pattern(line)
-        if line.strip() != "..." and not any(pattern.search(" ".join(one.split())) for one in lines):
+        if line.strip() != "..." and not any(pattern.fullmatch(" ".join(one.split())) for one in lines):
             return line
     return None
 
