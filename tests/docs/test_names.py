@@ -31,9 +31,11 @@ BASENAMES = Counter(path.name for path in SOURCES)
 
 
 def text_of(page: Path) -> str:
-    """A page; CONTRIBUTING.md without its code, which adds files and names (tests/test_contributing.py runs it)."""
+    """A page; CONTRIBUTING.md and tutorials without their code, which adds files and names (tests/test_contributing.py
+    and tests/docs/test_tutorials.py run it)."""
     text = page.read_text()
-    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) if page.name == "CONTRIBUTING.md" else text
+    run = page.name == "CONTRIBUTING.md" or page.parent.name == "tutorials"
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) if run else text
 
 
 @functools.cache
