@@ -154,7 +154,7 @@ class TrainLine:
         done = min(progress.images, progress.total)  # the last batch may pass the end
         rate = "" if math.isnan(progress.images_per_s) else f"{progress.images_per_s:,.0f} img/s"
         facts = f"loss {progress.loss:.4f}  {rate}  data stall {progress.data_stall:.0%}"
-        self._bar.update(self._task, completed=done, facts=facts)
+        self._bar.update(self._task, total=progress.total, completed=done, facts=facts)  # the total of minutes changes
         if progress.record is not None:
             self._record = progress.record
             if self._terminal and progress.committed > self._committed and progress.images < progress.total:

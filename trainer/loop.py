@@ -6,6 +6,7 @@ laptop, a profiler or a debugger. Started once per rank, it is what Ray Train ru
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.diffusion.levels import with_levels
+from scoreray.trainer.duration import Clock, as_decided, with_images
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
 from scoreray.trainer.initial import begin
@@ -58,7 +60,7 @@ def train(
     note: Callable[[str], None] = lambda line: None,
     requested: Callable[[], LoopRequest] = lambda: LoopRequest.NOTHING,
 ) -> int:
-    """Train until `duration.images`, from the newest committed checkpoint if there is one; returns images seen.
+    """Train for `duration`, from the newest committed checkpoint if there is one; returns images seen.
 
     Every rank calls it; with world_size > 1 torch's default process group must exist. Randomness is a function of
     (seed, position), so the same config gives the same weights whether or not it was interrupted. `requested` is called
@@ -77,6 +79,7 @@ def train(
         built = config.model_copy(update={"optimizer": optimizer})
         module, engine = _build(built, fields, world_size, device, note)
         writer, checkpoint = _take_over(config, data, run, rank, world_size, 1 if engine.replicated else None)
+        config = as_decided(config, checkpoint)
         images_seen = num_steps = skipped = 0
         if checkpoint is not None:
             images_seen, num_steps = checkpoint.images_seen, checkpoint.num_steps
@@ -110,12 +113,13 @@ def train(
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
     marker = replace(_marker(config, data, fields, module, engine, world_size, lineage), teacher=origin)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
+    clock = Clock(config.duration.minutes or 0, batch_size)
     records: list[TrainingRecord] = []
     norm, decided = 0.0, LoopRequest.NOTHING
     try:
-        while images_seen < total and decided < LoopRequest.PREEMPT:
+        while (total is None or images_seen < total) and decided < LoopRequest.PREEMPT:
             batch, start = meter.waiting(lambda: (next(stream), None if sources is None else next(sources)))
-            learning_rate = config.optimizer.rate(images_seen + batch_size, total)
+            learning_rate = config.optimizer.rate(images_seen + batch_size, math.inf if total is None else total)
             decays = config.ema.decays(num_steps + 1, batch_size)
             _seed_dropout(config.run.seed, rank, images_seen)
             before, images_seen = images_seen, images_seen + batch_size
@@ -134,8 +138,13 @@ def train(
                 raise
 
             decided = vote.cast(requested())
-            last = images_seen >= total or decided >= LoopRequest.SAVE
-            save = last or _crosses(before, images_seen, config.checkpoint.every_images)
+            save = decided >= LoopRequest.SAVE or _crosses(before, images_seen, config.checkpoint.every_images)
+            if total is None:
+                total = from_rank_0(clock.images(images_seen, at_once=save), world_size)
+                if total is not None:
+                    config = with_images(config, total)
+                    marker = replace(marker, config=config.model_dump(mode="json"))
+            save = save or (total is not None and images_seen >= total)
             if save or _crosses(before, images_seen, config.log.every_images):
                 quarantined = unreadable.gather(stream, note)
                 records.append(meter.record(images_seen, learning_rate, norm, quarantined, skipped, stream.stats))
@@ -157,10 +166,11 @@ def train(
             if (ahead := config.checkpoint.ahead_images) is not None and images_seen - saved >= ahead:
                 writer.wait()
             if rank == 0:
-                meter.show(watch, images_seen, total, writer.last_commit, skipped)
+                expected = clock.expected(images_seen) if total is None else total
+                meter.show(watch, images_seen, expected, writer.last_commit, skipped)
         writer.wait()
         if rank == 0:
-            meter.show(watch, images_seen, total, writer.last_commit, skipped, always=True)
+            meter.show(watch, images_seen, total or images_seen, writer.last_commit, skipped, always=True)
         vote.close(meet=decided >= LoopRequest.PREEMPT)
     finally:
         stream.close()
@@ -168,7 +178,7 @@ def train(
             sources.close()
         writer.close()
         flush()
-    if decided is LoopRequest.PREEMPT and images_seen < total:
+    if decided is LoopRequest.PREEMPT and images_seen < (total or math.inf):
         raise Preempted(f"the workers' machines go away; all was saved at {images_seen:,} images")
     return images_seen
 

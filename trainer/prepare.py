@@ -16,6 +16,7 @@ from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.diffusion.levels import data_conditions
 from scoreray.trainer.dry_run import dry_run
+from scoreray.trainer.duration import as_decided
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows import continuous_flow
 from scoreray.trainer.flows.couplings import OptimalTransportCoupling
@@ -98,7 +99,9 @@ def _too_long_stages(config: Config) -> str:
     """Of a consistency run that ends in its first stage, whose gap between noise levels is nearly a denoiser's; "" of
     any other."""
     objective, images = config.objective, config.duration.images
-    if not isinstance(objective, ConsistencyObjective) or objective.num_stages == 1 or images > objective.stage_images:
+    if images is None or not isinstance(objective, ConsistencyObjective):
+        return ""
+    if objective.num_stages == 1 or images > objective.stage_images:
         return ""
     return (
         f"objective.stage_images is {objective.stage_images:,} and duration.images {images:,}: the run ends in the "
@@ -133,6 +136,7 @@ def claim_run(checked: PreparedRun, *, fresh: bool = False) -> PreparedRun:
     config = in_order_of_run(config, checked.newest)
     config = with_sigma_data(config, checked.fields, checked.newest, checked.initial)
     claim(run_store(config), config)
+    config = as_decided(config, checked.newest)
     if config.init is not None and checked.initial is not None:  # all starts of its workers take the same, also of a
         found = {"checkpoint": checked.initial.url, "ema": checked.initial.ema}  # run that goes on meanwhile
         config = config.model_copy(update={"init": config.init.model_copy(update=found)})

@@ -155,6 +155,8 @@ def _with_base(sweep: Sweep, space: Space) -> tuple[StudyPlan, list[str]]:
     if found := refused(lambda: load_config(_tracking(sweep))):
         return StudyPlan(sweep, space, {}), [f"base: {line}" for line in found]
     plan = StudyPlan(sweep, space, load_config(_tracking(sweep)).model_dump(mode="json"))
+    if plan.raw["duration"]["images"] is None:
+        return plan, ["base.duration: trials are as long as each other, in images; give base.duration.images"]
     names = {one.key for one in space.dimensions} | plan.base.keys()
     found += [
         f"space.{one.key}.when: unknown key '{key}'; {nearest(key, names)}"

@@ -274,7 +274,7 @@ def _kept(config: Config, num_params: int, num_frozen: int) -> Finding:
     each = num_params * 4 * (3 + k) + num_frozen * 4
     text = f"a checkpoint is {gib(each)}, {checkpoint.keep} are kept"
     facts = {"checkpoint_bytes": each, "kept": checkpoint.keep, "snapshot_bytes": 0, "snapshots": 0}
-    if checkpoint.snapshot_every_images:
+    if checkpoint.snapshot_every_images and images is not None:
         count = images // max(checkpoint.snapshot_every_images, checkpoint.every_images)
         half = num_params * 2 * k + num_frozen * 2
         text += f"; {count:,} snapshots of the averages, {gib(half)} each, will be {gib(half * count)} at the end"

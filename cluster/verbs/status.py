@@ -86,7 +86,7 @@ def status_of(url: str) -> Status:
         records = read_metrics(open_store(run), stored.source) if of_run else []
         about["loss"] = records[-1].loss if records else None
     about["stored"] = of_place(stored.url.rpartition(f"/{FOLDER}/")[0] or stored.url)
-    total = stored.config.duration.images
+    total = stored.config.duration.images or info.images_seen  # minutes have been made images by the first commit
     return Status(
         stored.url, info.images_seen, total, stored.lengths, info.image_shape, info.takes, lineage=page.lineage, **about
     )

@@ -19,6 +19,7 @@ from scoreray.data.reading.quarantine import Entries, Unreadable
 from scoreray.data.units import counted_noun
 from scoreray.trainer.checkpoints.checkpoint import latest
 from scoreray.trainer.config import Config
+from scoreray.trainer.duration import has_ended
 from scoreray.trainer.monitoring.metrics import TrainingRecord
 from scoreray.trainer.on_ray.run import fit
 from scoreray.trainer.prepare import PreparedRun
@@ -69,8 +70,8 @@ def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult
     """Run what `prepare_run` returned until its last image, on RAY_ADDRESS's cluster or on this machine."""
     config, before = prepared.config, prepared.newest
     run = run_store(config)
-    started, total = time.monotonic(), config.duration.images
-    if before is not None and before.images_seen >= total:
+    started = time.monotonic()
+    if before is not None and has_ended(config, before):
         say(f"run '{config.run.name}' has already seen its {before.images_seen:,} images (--fresh starts another)")
         with tracked(config, say):  # what could not be sent before
             pass
@@ -84,7 +85,7 @@ def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult
             _wait_for_room(config)
             workers = counted_noun(low, "worker") if low == high else f"{low} to {high} workers"
             say(f"run '{config.run.name}': {workers}, ZeRO {config.engine.zero_stage}, to {run.url()}")
-            with beside(config, say), tracked(config, say), TrainLine(total) as line:
+            with beside(config, say), tracked(config, say), TrainLine(config.duration.images or 0) as line:
                 fit(config, line, say)
     checkpoint = latest(run)
     if checkpoint is None:

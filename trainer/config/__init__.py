@@ -14,13 +14,14 @@ from scoreray.trainer.config.load import (
     refusal,
     set_key,
 )
-from scoreray.trainer.config.sections import Config, DataSection, Section, check_run_name
+from scoreray.trainer.config.sections import Config, DataSection, DurationSection, Section, check_run_name
 from scoreray.trainer.objectives.teacher import MAX_GUIDANCE
 
 __all__ = [
     "MAX_GUIDANCE",
     "Config",
     "DataSection",
+    "DurationSection",
     "Section",
     "check_run_name",
     "copied",

@@ -36,6 +36,7 @@ from scoreray.trainer.optim.sgld import AnyOptimizer
 
 MAX_WORKERS = 100_000
 MAX_WAIT_S = 1e9  # what a system's timers take
+MAX_MINUTES = 1e7  # 19 years
 
 
 def _workers(value: Any) -> Any:
@@ -216,12 +217,22 @@ class ScalingSection(Section):
 
 
 class DurationSection(Section):
-    """How long the run is.
+    """How long the run is: so many images, or so many minutes from its first steps.
 
     `images`: samples seen, those of earlier starts included, at which it ends.
+    `minutes`: the first steps (a sixteenth of the time, 30 s at most) measure the speed, which makes a number of images
+    of them; that is decided once, before the first commit, and is what `images` says in the config of each checkpoint.
+    A run that goes on ends there too. `optimizer.warmup_images` is then at most an eighth of it.
     """
 
-    images: Count
+    images: Count | None = None
+    minutes: float | None = Field(None, gt=0, le=MAX_MINUTES)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> DurationSection:
+        if (self.images is None) == (self.minutes is None):
+            raise ValueError("give images or minutes, and the other one as null")
+        return self
 
 
 class CheckpointSection(Section):

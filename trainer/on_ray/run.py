@@ -24,6 +24,7 @@ from scoreray.data.scratch import SCRATCH
 from scoreray.data.threads import in_daemon_thread
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
 from scoreray.trainer.config import Config
+from scoreray.trainer.duration import has_ended
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.monitoring.monitor import Monitor
 from scoreray.trainer.monitoring.stopping import NonFiniteError
@@ -51,7 +52,7 @@ def fit(
     from scoreray.trainer.on_ray.workers import on_one_machine
 
     before = latest(run_store(config))
-    if before is not None and before.images_seen >= config.duration.images:
+    if before is not None and has_ended(config, before):
         return before.images_seen
     monitor, done, alone = _start_monitor(config, before), threading.Event(), on_one_machine()
     # The controller and the workers inherit these.
@@ -124,7 +125,7 @@ def _train(config: Config, monitor: Any, scratch: str, alone: bool, note: Callab
             reason = str(failure).partition(". ")[0]
         except ray.exceptions.RayActorError:  # the controller; its workers end with it
             deaths += 1
-            if _images_committed(config) >= config.duration.images:
+            if has_ended(config, latest(run_store(config))):
                 return
             if 0 <= config.scaling.max_failures < deaths:
                 raise MachineError(
@@ -237,7 +238,7 @@ def _stop(config: Config, monitor: Any, fitting: Future[Any], note: Callable[[st
         pass
     if not fitting.done():
         _end(monitor, fitting, ScorerayError("stopped"))
-    return _images_committed(config) >= config.duration.images
+    return has_ended(config, latest(run_store(config)))
 
 
 def _report_nonfinite(monitor: Any, note: Callable[[str], None]) -> None:

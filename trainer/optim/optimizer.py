@@ -60,8 +60,8 @@ class OptimizerConfig:
             raise UserError(f"optimizer.betas: {list(self.betas)} must both lie in [0, 1)")
         checks.between("optimizer", 0, checks.LARGEST, weight_decay=self.weight_decay, gradient_clip=self.gradient_clip)
 
-    def rate(self, images_seen: int, total_images: int) -> float:
-        """Learning rate of the step that ends at `images_seen` of `total_images`."""
+    def rate(self, images_seen: int, total_images: float) -> float:
+        """Learning rate of the step that ends at `images_seen` of `total_images` (inf: not known yet, but many)."""
         rate = self.learning_rate
         if self.schedule == "cosine":
             rate *= 0.5 + 0.5 * math.cos(math.pi * min(images_seen / total_images, 1.0))

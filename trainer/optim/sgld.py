@@ -72,7 +72,7 @@ class SGLDConfig:
                 "squares does not (Welling & Teh 2011, eq. 2)"
             )
 
-    def rate(self, images_seen: int, total_images: int) -> float:
+    def rate(self, images_seen: int, total_images: float) -> float:
         """Learning rate of the step that ends at `images_seen` of `total_images`."""
         if self.schedule == "constant":
             return self.learning_rate
