@@ -27,7 +27,7 @@ install = { $(PIP) install uv && $(uv) -c constraints.txt $(1); } 2>/dev/null ||
 .PHONY: help setup demo test test-all check benchmarks site clean
 
 help:
-	@echo "make demo        train on this machine and look at the samples (a few minutes on 2 cores)"
+	@echo "make demo        train on this machine and look at what comes out: 4 minutes of training (DEMO=--quick: a half)"
 	@echo "make test        the test suite, without the tests that take minutes each"
 	@echo "make test-all    all of it: ten kills in a row, two nodes, whole studies, overload"
 	@echo "make check       ruff, mypy and the test suite"

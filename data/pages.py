@@ -27,9 +27,9 @@ def _is_html(template: str | None) -> bool:
     return template is None or template.endswith(".html")
 
 
-def embedded(png: bytes) -> str:
+def embedded(picture: bytes, kind: str = "png") -> str:
     """A picture as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 @lru_cache(maxsize=1)

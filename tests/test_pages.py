@@ -5,11 +5,13 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
+from scoreray.cluster.verbs.demo_page import Copies, Expected, Fid, NextStep
 from scoreray.data.pages import render
 from scoreray.sampling.http.docs_page import docs_page
 from scoreray.sampling.metrics.record import EvaluationRecord
@@ -62,7 +64,13 @@ def study(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    return render("scoreray.cluster.verbs/summary.html", name=name, rows={name: name}, num_samples=4)
+    return render(
+        "scoreray.cluster.verbs/summary.html", rows={name: name}, config=name, num_samples=4, num_frames=3, images=5,
+        minutes=1.0, fid=Fid(1.0, None, None, 5), expected=[(Expected(1, name, name), True)], too_few=True, moving=PNG,
+        still=PNG,
+        copies=Copies(0.0, 0.0, 1.0, 1.0, np.zeros(0)), pairs=PNG, loss=PNG, by_level=PNG,
+        steps=[NextStep(name, name)],
+    )  # fmt: skip
 
 
 def http(name: str) -> str:
@@ -87,5 +95,5 @@ def test_a_name_is_never_markup(page: Any, name: str) -> None:
 
 
 def test_a_value_that_is_missing_leaves_no_gap() -> None:
-    with pytest.raises(UndefinedError, match="'rows' is undefined"):
-        render("scoreray.cluster.verbs/summary.html", name="a", num_samples=1)
+    with pytest.raises(UndefinedError, match="'charts' is undefined"):
+        render("scoreray.tune/report.html", name="a", summary="b", best_table=ReportTable([], []), next=[])

@@ -16,13 +16,14 @@ from scoreray.trainer.optim.optimizer import OptimizerConfig
 
 PROBE_SHARE = 1 / 16  # of the time, in which the speed is measured
 MAX_PROBE_S = 30.0
-UNTIMED_STEPS = 2  # the first makes what later ones use again; the work of one image is measured after it
+UNTIMED_STEPS = 2  # the first makes what later ones use again; the work of one image is measured after it. Both may
+# take as long as a short run where the machine is busy, so the minutes begin after them.
 FEWEST_STEPS = 4  # that are timed, where the run may wait for them
 WARMUP_SHARE = 1 / 8  # of a run of minutes: its warm-up is no longer
 
 
 class Clock:
-    """Rank 0's clock of a run of minutes, from just before its first step. `now`: seconds."""
+    """Rank 0's clock of a run of minutes, made just before its first step. `now`: seconds."""
 
     def __init__(self, minutes: float, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:
         self._total_s, self._batch_size, self._now = 60 * minutes, batch_size, now
@@ -42,7 +43,7 @@ class Clock:
             self._timed_from = now
         timed = self._timed_steps > 0
         step_s = (now - self._timed_from) / self._timed_steps if timed else (now - self._started) / self._steps
-        left_s = max(0.0, self._started + self._total_s - now)
+        left_s = max(0.0, self._timed_from + self._total_s - now)
         enough = self._timed_steps >= FEWEST_STEPS and now - self._timed_from >= self._probe_s
         if not (enough or at_once or not left_s):
             return None

@@ -144,6 +144,7 @@ def train(
                 if total is not None:
                     config = with_images(config, total)
                     marker = replace(marker, config=config.model_dump(mode="json"))
+                    note(f"as fast as it is now, that will be {total:,} images")
             save = save or (total is not None and images_seen >= total)
             if save or _crosses(before, images_seen, config.log.every_images):
                 quarantined = unreadable.gather(stream, note)

@@ -24,18 +24,25 @@ from scoreray.cluster.cli.options import (
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-out"),
-    quick: Annotated[bool, typer.Option(help="Seconds instead of minutes; the samples are then blurs.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long to train, from the first step; default 4, with --quick a half.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Half a minute of training; the pictures are then rough.")] = False,
     workers: Annotated[int, typer.Option(help="Training workers.", min=1, max=16)] = 2,
     fresh: Annotated[bool, typer.Option(help="Start over where a demo has already run in this folder.")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Everything once, on this machine: pack, train on Ray from S3, draw samples, show them."""
+    """Everything once, on this machine: pack, train on Ray from S3, draw, measure, and show it on a page.
+
+    It trains as long as --minutes says, on however many images the machine manages in that time. Interrupted, the same
+    command goes on.
+    """
     from scoreray.cluster.verbs.demo import run_demo
     from scoreray.data.reading.outputs import check_folder
 
     check_folder(str(out), "--out")
-    result = run_demo(out, quick=quick, workers=workers, fresh=fresh, verbose=verbose)
+    result = run_demo(out, minutes=minutes, quick=quick, workers=workers, fresh=fresh, verbose=verbose)
     typer.echo(json.dumps(result.answer()) if as_json else result.text())
 
 

@@ -1,57 +1,153 @@
-"""The demo, whole: every link real, its pictures there; a second call trains nothing again."""
+"""The demo: what it says and shows in closed form; once whole, every link real, and then again without training."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import typer
 from PIL import Image
 
+from scoreray.cluster.cli.main import app
+from scoreray.cluster.cli.options import parsed
 from scoreray.cluster.verbs import demo
+from scoreray.cluster.verbs.demo_measures import SHOWN, _Estimates, copies_of, moving_picture
+from scoreray.cluster.verbs.demo_page import EXPECTED, Copies, Fid, Finding, _nearest, _training_minutes, page
+from scoreray.cluster.verbs.train import TrainResult
 from scoreray.data.storage import local_s3
+from scoreray.sampling.samplers.sample import SamplerState
 from scoreray.trainer.config import load_config
+from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingRecord
 
-# The command, its 8,000 images cut to 2,048: what is held is that all links join, whatever the number of steps.
-SHORTER = """
-from scoreray.cluster.cli.__main__ import main
+# Twice in one process, with as little training and measuring as shows that all links join.
+TWICE = """
+import json, sys
+from pathlib import Path
 from scoreray.cluster.verbs import demo
-demo.QUICK = (*demo.QUICK, "duration.images=2048", "checkpoint.every_images=1024")
-main()
+demo.QUICK_MINUTES, demo.NUM_SAMPLES, demo.STEPS = 0.02, 16, 2
+demo.Effort = lambda *sizes, effort=demo.Effort: effort(16, 640)
+for _ in range(2):
+    print(json.dumps(demo.run_demo(Path(sys.argv[1]), quick=True).answer()), flush=True)
 """
 
 
-def test_the_quick_demo(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("minutes", "quick", "name", "length"), [
+    (None, False, "demo", 4), (4, False, "demo", 4), (20, False, "demo-20-min", 20),
+    (None, True, "demo-quick", 0.5), (1, True, "demo-quick-1-min", 1),
+])  # fmt: skip
+def test_each_length_is_a_run_of_its_own(minutes: float | None, quick: bool, name: str, length: float) -> None:
+    config = demo.demo_config(minutes=minutes, quick=quick)
+    assert (config.run.name, config.duration.minutes, config.duration.images) == (name, length, None)
+    placed = demo.demo_config(storage="/a b/c: #d")
+    assert (placed.data.url, placed.run.storage) == ("/a b/c: #d/data/fashion-mnist", "/a b/c: #d/runs")
+
+
+def test_it_says_what_will_happen(capsys: pytest.CaptureFixture[str]) -> None:
+    demo.introduce(demo.demo_config(minutes=20))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "20 minutes of training by 2 workers" in said
+    assert [f"{one.images:,} pictures" in said for one in EXPECTED] == [True] * len(EXPECTED)
+
+
+def test_the_table_of_what_to_expect_is_in_order() -> None:
+    assert [one.images for one in EXPECTED] == sorted({one.images for one in EXPECTED})
+    assert len(EXPECTED) >= 3
+    for one in EXPECTED:
+        assert _nearest(one.images) is one
+        assert _nearest(round(one.images * 1.1)) is one
+
+
+def record(images: int, rate: float) -> TrainingRecord:
+    return TrainingRecord(images, 0.5, 1e-3, 1.0, rate, 0.0, tuple([0.5] * (len(SIGMA_EDGES) + 1)))
+
+
+def test_minutes_of_training_are_those_of_its_steps() -> None:
+    assert _training_minutes([record(600, 10), record(1800, 20)]) == pytest.approx(2)
+    assert demo._left([record(600, 10), record(1200, 10)], 6000) == "; about 3.33 minutes"
+    assert demo._left([], 6000) == ""
+
+
+def test_a_copy_is_found_and_held_out_images_are_none() -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (200, 1, 8, 8), dtype=np.uint8))
+    trained_on, held_out = images[:100], images[100:]
+    samples = torch.cat([trained_on[:4], held_out[50:66]])
+    found = copies_of(samples, trained_on, held_out)
+    assert (found.share, found.of_held_out) == (4 / 20, 0)
+    assert len(found.pairs) == 2 * SHOWN
+    assert (found.pairs[:4] == found.pairs[SHOWN : SHOWN + 4]).all()
+    assert found.distance > 0
+
+
+def test_a_frame_for_each_noise_level() -> None:
+    seen: list[int] = []
+    estimates = _Estimates(seen.append)
+    x = torch.zeros(2, 1, 4, 4)
+    for i, sigma in enumerate([80.0, 20.0, 20.0, 5.0, 5.0]):  # as Heun's: each level's estimate, then its corrector's
+        estimates(SamplerState(i + 1, x, sigma, x + i / 10))
+    assert len(estimates.frames) == sum(seen) == 3
+    picture = moving_picture([*estimates.frames, torch.zeros(2, 1, 4, 4, dtype=torch.uint8)])
+    assert picture[:4] == b"RIFF"
+
+
+@pytest.fixture
+def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[demo.NextStep]]:
+    """The page of a demo that was never run, and its commands."""
+    monkeypatch.setattr(demo, "typed_command", lambda: "scoreray")
+    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), dtype=np.uint8))
+    finding = Finding(5000, Fid(2.5, 0.125, 0.3, 100), Copies(0.0, 0.01, 1500.0, 1400.0, pictures.numpy()), pictures,
+                      [pictures, pictures])  # fmt: skip
+    trained = TrainResult("s3://b/runs/<i>", "s3://b/runs/<i>/c", 5000, 0.5, 60.0, [], [record(5000, 100)])
+    steps = demo.next_steps(tmp_path / "a b", "s3://b/runs/demo", "s3://b/data/x", "s3://b/data/x-held-out")
+    return page(demo.demo_config(), trained, finding, steps), steps
+
+
+def test_the_page_is_whole_by_itself(shown: tuple[str, list[demo.NextStep]]) -> None:
+    html, steps = shown
+    places = re.findall(r'(?:src|srcset|href)="([^"]*)"', html)
+    assert len(places) == 5
+    assert all(place.startswith("data:image/") for place in places)
+    assert "http" not in re.sub(r"data:image/[^\"]*", "", html)
+    assert "<i>" not in html
+    assert "2.50 ± 0.12" in html
+    assert 'class="here"' in html
+    assert html.count("<dt>") == len(steps)
+
+
+def test_each_command_is_one_that_scoreray_takes(shown: tuple[str, list[demo.NextStep]], tmp_path: Path) -> None:
+    """Parsed, not run; and whatever the folder: every path in it is absolute."""
+    for step in shown[1]:
+        program, *words = shlex.split(step.command)
+        assert program == "scoreray"
+        parsed(typer.main.get_command(app), words[2:] if words[0] == "--local-s3" else words)
+        given = [words[i + 1] for i, word in enumerate(words) if word in ("--out", "--picture", "--local-s3")]
+        assert all(Path(one).is_relative_to(tmp_path / "a b") for one in given)
+
+
+def test_the_demo_and_then_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SHORTER, "demo", "--quick", "--json", "--out", str(out)]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    answer = json.loads(first.stdout)
-    for name in answer["files"]:
+    command = [sys.executable, "-c", TWICE, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert done.stderr.count("already seen its") == 1
+    assert second["images_seen"] == first["images_seen"] > 0
+    assert second["fid"] == first["fid"]
+    for name in first["files"]:
         assert (out / name).stat().st_size > 500, name
     config = load_config(out / "config.yaml")
-    assert answer["images_seen"] == config.duration.images
-    assert config.scaling.workers == 2
-    assert config.engine.zero_stage == 0
+    assert config.duration.images == first["images_seen"]  # of the second: the minutes have become images
+    assert (config.scaling.workers, config.engine.zero_stage) == (2, 0)
     sheet = np.asarray(Image.open(out / "samples.png"))
     assert min(sheet.shape[:2]) > 400
     assert sheet.std() > 20
-    page = (out / "summary.html").read_text()
-    assert "samples.png" in page
-    assert "http://" not in page
-    assert "https://" not in page
-
-    samples = (out / "samples.png").read_bytes()
-    started = time.monotonic()
-    second = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
-    assert "already seen" in second.stderr
-    assert time.monotonic() - started < 60  # nothing was trained
-    assert (out / "samples.png").read_bytes() == samples
+    assert f"{first['images_seen']:,} small pictures" in (out / "summary.html").read_text()
 
 
 def test_without_an_s3_server_everything_goes_to_a_folder_and_the_demo_says_so(
