@@ -21,13 +21,13 @@ from scoreray.data.reading.batches import Batch
 from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.checkpoints.duration import Clock, as_decided, with_images
 from scoreray.trainer.checkpoints.marker import Ancestor, DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.diffusion.buffers import state_buffers
 from scoreray.trainer.diffusion.levels import with_levels
-from scoreray.trainer.duration import Clock, as_decided, with_images
 from scoreray.trainer.engine import Engine, build_engine
 from scoreray.trainer.engine.cpu import keep_large_tensors_on_the_heap, onednn_products
 from scoreray.trainer.initial import begin

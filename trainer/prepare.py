@@ -10,13 +10,13 @@ from scoreray.data.own_code import check_stored
 from scoreray.data.storage.store import Store
 from scoreray.data.unpacked.tars import UnpackedTars
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.checkpoints.duration import as_decided
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_base
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.data_scale import misfit, resolve_sigma_data
 from scoreray.trainer.config.run_fields import RunFields, run_fields
 from scoreray.trainer.diffusion.levels import data_conditions
 from scoreray.trainer.dry_run import dry_run
-from scoreray.trainer.duration import as_decided
 from scoreray.trainer.encoders.load import load_autoencoder
 from scoreray.trainer.flows import continuous_flow
 from scoreray.trainer.flows.couplings import OptimalTransportCoupling

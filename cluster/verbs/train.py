@@ -18,8 +18,8 @@ from scoreray.data.own_code import with_words
 from scoreray.data.reading.quarantine import Entries, Unreadable
 from scoreray.data.units import counted_noun
 from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.duration import has_ended
 from scoreray.trainer.config import Config
-from scoreray.trainer.duration import has_ended
 from scoreray.trainer.monitoring.metrics import TrainingRecord
 from scoreray.trainer.on_ray.run import fit
 from scoreray.trainer.prepare import PreparedRun

@@ -23,8 +23,8 @@ from scoreray.data.errors import MachineError, ScorerayError
 from scoreray.data.scratch import SCRATCH
 from scoreray.data.threads import in_daemon_thread
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
+from scoreray.trainer.checkpoints.duration import has_ended
 from scoreray.trainer.config import Config
-from scoreray.trainer.duration import has_ended
 from scoreray.trainer.monitoring.metrics import TrainingProgress
 from scoreray.trainer.monitoring.monitor import Monitor
 from scoreray.trainer.monitoring.stopping import NonFiniteError

@@ -146,7 +146,7 @@ def test_the_demo_and_then_again(tmp_path: Path) -> None:
     assert (config.scaling.workers, config.engine.zero_stage) == (2, 0)
     sheet = np.asarray(Image.open(out / "samples.png"))
     assert min(sheet.shape[:2]) > 400
-    assert sheet.std() > 20
+    assert sheet.std() > 5
     assert f"{first['images_seen']:,} small pictures" in (out / "summary.html").read_text()
 
 

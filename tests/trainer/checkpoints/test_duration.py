@@ -15,8 +15,8 @@ from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
 from scoreray.trainer import loop
 from scoreray.trainer.checkpoints.checkpoint import latest
+from scoreray.trainer.checkpoints.duration import Clock, has_ended, with_images
 from scoreray.trainer.config import Config, differing_keys, load_config
-from scoreray.trainer.duration import Clock, has_ended, with_images
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
 from scoreray.trainer.prepare import prepare_run
