@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.display import bar, say
-from scoreray.cluster.verbs.demo_page import PAGE, Finding, NextStep, expected_lines, page
+from scoreray.cluster.verbs.demo_page import PAGE, Finding, NextStep, expected_lines, moving_picture, page
 from scoreray.cluster.verbs.pack import pack_with_bar
 from scoreray.cluster.verbs.train import TrainResult, train_to_end
 from scoreray.data import fashion_mnist_path
@@ -210,7 +210,7 @@ def _packed(url: str) -> tuple[str, str]:
 
 def _found(trained: TrainResult, prepared: PreparedRun, held_out_url: str, effort: Effort, out: Path) -> Finding:
     """Draws samples, measures them, and leaves their pictures in `out`."""
-    from scoreray.cluster.verbs.demo_measures import copies_of, drawn, fid_of, moving_picture
+    from scoreray.cluster.verbs.demo_measures import copies_of, drawn, fid_of
     from scoreray.sampling.offline.generate import png_of_sheet
 
     _stage("draw", f"{NUM_SAMPLES} pictures, each from noise of its own{_left(trained.records, effort.calls())}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from scoreray.cluster.verbs.demo_page import Copies, Fid
 from scoreray.data.fields.normalisation import to_uint8
-from scoreray.data.packing.inspect import picture_grid
 from scoreray.sampling.evaluation.evaluate import Bar, evaluate
 from scoreray.sampling.measures.distances import nearest
 from scoreray.sampling.metrics.plan import EvaluationSettings
@@ -22,7 +20,6 @@ from scoreray.sampling.model.load import load
 from scoreray.sampling.offline.generate import Request, SampleConditions, prepare
 from scoreray.sampling.samplers.sample import SamplerState
 
-FRAME_MS, LAST_FRAME_MS = 220, 2500
 SHOWN = 8  # samples beside the images nearest to them
 
 
@@ -53,14 +50,6 @@ def drawn(
     draw, conditions = prepare(model, request), SampleConditions(request, model.info)
     samples = to_uint8(draw(request.sample_seeds(0, count), conditions.of(0, count), callback=estimates))
     return samples, [*estimates.frames, samples]
-
-
-def moving_picture(frames: list[Tensor]) -> bytes:
-    """Sheets of pictures [N, C, H, W] one after another, for ever, as WebP."""
-    first, *others = [picture_grid(frame) for frame in frames]
-    buffer, times = io.BytesIO(), [FRAME_MS] * len(others) + [LAST_FRAME_MS]
-    first.save(buffer, "WEBP", save_all=True, append_images=others, duration=times, loop=0, quality=80)
-    return buffer.getvalue()
 
 
 def fid_of(checkpoint: str, held_out: str, count: int, classifier_images: int, guidance: float, bar: Bar) -> Fid:

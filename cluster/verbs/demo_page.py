@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAGE = "summary.html"
+FRAME_MS, LAST_FRAME_MS = 220, 2500
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Expected:
 # line there is a picture alone (docs/images/demo-samples.png).
 EXPECTED = (
     Expected(4_000, "outlines under grain", "3.7 ± 0.2"),
-    Expected(8_000, "the ten kinds can be told apart, still grainy", "1.1 ± 0.1"),
+    Expected(8_000, "each kind is recognisable, still grainy", "1.1 ± 0.1"),
     Expected(100_000, "clothes with collars, stripes and prints", "not measured"),
 )
 TOO_FEW = 3000  # images: below, samples are noise or blots
@@ -98,7 +99,6 @@ def expected_lines() -> list[str]:
 
 def page(config: Config, trained: TrainResult, finding: Finding, steps: list[NextStep]) -> str:
     """The page. It loads nothing, so it works from a file, and reads well on a phone."""
-    from scoreray.cluster.verbs.demo_measures import moving_picture
     from scoreray.sampling.offline.generate import png_of_sheet
 
     copies = finding.copies
@@ -121,6 +121,16 @@ def page(config: Config, trained: TrainResult, finding: Finding, steps: list[Nex
         rows=_rows(config, trained),
         config=dump_config(config),
     )
+
+
+def moving_picture(frames: list[Tensor]) -> bytes:
+    """Sheets of pictures [N, C, H, W] one after another, for ever, as WebP."""
+    from scoreray.data.packing.inspect import picture_grid
+
+    first, *others = [picture_grid(frame) for frame in frames]
+    buffer, times = io.BytesIO(), [FRAME_MS] * len(others) + [LAST_FRAME_MS]
+    first.save(buffer, "WEBP", save_all=True, append_images=others, duration=times, loop=0, quality=80)
+    return buffer.getvalue()
 
 
 def _nearest(images: int) -> Expected | None:

@@ -18,8 +18,17 @@ from PIL import Image
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.cli.options import parsed
 from scoreray.cluster.verbs import demo
-from scoreray.cluster.verbs.demo_measures import SHOWN, _Estimates, copies_of, moving_picture
-from scoreray.cluster.verbs.demo_page import EXPECTED, Copies, Fid, Finding, _nearest, _training_minutes, page
+from scoreray.cluster.verbs.demo_measures import SHOWN, _Estimates, copies_of
+from scoreray.cluster.verbs.demo_page import (
+    EXPECTED,
+    Copies,
+    Fid,
+    Finding,
+    _nearest,
+    _training_minutes,
+    moving_picture,
+    page,
+)
 from scoreray.cluster.verbs.train import TrainResult
 from scoreray.data.storage import local_s3
 from scoreray.sampling.samplers.sample import SamplerState
