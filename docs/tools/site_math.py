@@ -41,4 +41,4 @@ def svg(formula: str) -> str:
 def _command(points: np.ndarray, code: int) -> str:
     """A piece of the curve as SVG has it, whose y points down."""
     numbers = "" if code == Curve.CLOSEPOLY else " ".join(f"{x:.0f} {-y:.0f}" for x, y in points)
-    return COMMANDS[code] + numbers
+    return COMMANDS[np.uint8(code)] + numbers
