@@ -191,10 +191,12 @@ class Session:
 
     def _start(self, text: str, expected: tuple[str, ...]) -> str:
         """Starts a command that goes on, and waits until it has printed what is expected."""
-        log = Path(self._ray.name, f"printed-{len(self._behind)}")
+        log, variables = Path(self._ray.name, f"printed-{len(self._behind)}"), Path(self._ray.name, "environment")
+        self._wait(f"env -0 > {variables}", PATIENCE_S)  # with what the page has exported so far
+        exported = dict(one.split("=", 1) for one in variables.read_text().split("\0") if one)
         with log.open("wb") as file:
             process = subprocess.Popen(
-                ["bash", "-c", f"exec {text}"], cwd=self.folder, env=self._env, stdout=file, stderr=subprocess.STDOUT
+                ["bash", "-c", f"exec {text}"], cwd=self.folder, env=exported, stdout=file, stderr=subprocess.STDOUT
             )
         self._behind.append((process, log))
         waiting = threading.Event()
