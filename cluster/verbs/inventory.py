@@ -170,6 +170,8 @@ def _run(run: Store, keys: Sequence[str]) -> Facts:
     total = duration.get("images") if isinstance(duration, dict) else None
     if not isinstance(about, dict) or not isinstance(about.get("name"), str) or not isinstance(total, int):
         raise DataError(f"{run.url(CONFIG_FILE)}: not the config of a run")
+    if about["name"] != run.root.rpartition("/")[2] and not _has_companions("run", keys):
+        raise DataError(f"{run.url(CONFIG_FILE)}: the config of a run that is elsewhere")
     folders = committed_of(key for key in keys if key.startswith(f"{FOLDER}/"))
     seen = max((int(found[0]) for folder in folders if (found := re.search(r"\d{12,18}", folder))), default=0)
     return Facts(seen, total, _metrics_of_run(run, keys, seen), seen >= total)

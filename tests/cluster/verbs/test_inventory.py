@@ -46,6 +46,7 @@ def scene(
         begun = yaml.safe_load((folder / "runs/whole/config.yaml").read_text())
         begun["run"]["name"] = "begun"
         store.put("runs/begun/config.yaml", yaml.safe_dump(begun).encode())
+        store.put("config.yaml", yaml.safe_dump(begun).encode())  # a copy, as the demo leaves one, of a run elsewhere
         pack(folder / "a.npz", f"{url}/data/images", samples_per_shard=5)
         record = {"checkpoint": "x", "request": {"count": 7}, "finished": {}}
         store.put("pictures/sampling.json", json.dumps(record).encode())
