@@ -1,6 +1,6 @@
 """Tutorials: every command of a page is run, in order, in an empty folder; what the page says is printed is printed.
 
-How a page becomes a script: `tests/tools/tutorial.py`. Whole pages are slow; two are run quickly, up to their training.
+How a page becomes a script: `tests/tools/tutorial.py`. Whole pages are slow; one is run quickly, up to their training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scoreray.tune.load import load_sweep
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "tutorials"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.name != "index.md")
-QUICK = ("own-photos.md", "scientific-arrays.md")
+QUICK = ("own-photos.md",)
 
 
 def run(page: Path, folder: Path, *, quick: bool, timeout_s: float) -> None:

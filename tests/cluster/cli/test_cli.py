@@ -172,7 +172,7 @@ def test_a_ray_that_cannot_be_started_is_one_line_at_once(config_file: Path) -> 
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("scoreray: Ray could not be started on this machine (")
-    assert last.endswith("): its gcs_server has ended")
+    assert last.endswith("): its gcs_server has ended; see docs/faq.md#ray-doesnt-start")
 
 
 def test_sampling_what_is_not_there(scoreray: Any, config_file: Path, packed: str, tmp_path: Path) -> None:

@@ -448,7 +448,7 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     assert errors.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
-    assert errors.splitlines()[-1].endswith(f"its {daemon} has ended")
+    assert errors.splitlines()[-1].endswith(f"its {daemon} has ended; see docs/faq.md#ray-doesnt-start")
     assert "Traceback" not in errors
 
 
