@@ -128,7 +128,7 @@ def test_what_is_missing_or_out_of_place_is_refused_before_the_run(
     wanted = config(small_run, tmp_path, "https://mlflow.example")
     check_run(wanted)  # whether it answers is not checked: it may later
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(UserError, match=r"^log\.mlflow: .*pip install 'mlflow-skinny"):
+    with pytest.raises(UserError, match=r"^log\.mlflow \(null for none\): needs mlflow.*pip install 'mlflow-skinny"):
         check_run(wanted)
     check_run(config(small_run, tmp_path, None))
 
