@@ -1,6 +1,6 @@
 """Tutorials: every command of a page is run, in order, in an empty folder; what the page says is printed is printed.
 
-How a page becomes a script: `tests/tools/tutorial.py`. Whole pages are slow; one is run quickly, up to their training.
+How a page becomes a script: `tests/tools/tutorial.py`. All are slow; one is run up to its training too.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def run(page: Path, folder: Path, *, quick: bool, timeout_s: float) -> None:
                 session.run(block, timeout_s)
 
 
+@pytest.mark.slow  # 30 s of CPU time
 @pytest.mark.parametrize("name", QUICK)
 def test_a_tutorial_up_to_its_training(name: str, tmp_path: Path) -> None:
     run(FOLDER / name, tmp_path, quick=True, timeout_s=PATIENCE_S)

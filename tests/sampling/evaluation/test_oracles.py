@@ -165,7 +165,7 @@ def test_densities_of_an_exact_model_are_the_closed_form(
     monkeypatch.setattr(loaded, "load_described", exact)
     monkeypatch.setattr(verb, "evaluate_on_ray", lambda settings, **options: evaluate(settings))
     command = ["evaluate", run, "--reference", data, "--metrics", "elbo,fisher,calibration,ood", "--loss-count", "200",
-               "--likelihood-count", "64", "--batch-size", "64", "--steps", "12", "--metric-option",
+               "--likelihood-count", "64", "--batch-size", "64", "--steps", "32", "--metric-option",
                "fisher.against=truth:nothing", "--metric-option", "ood.statistic=likelihood"]  # fmt: skip
     cli.app([*command, "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)["metrics"]
