@@ -29,8 +29,8 @@ class Expected:
     fid: str
 
 
-# Measured as the demo measures: `configs/demo.yaml` on the demo's 10,000 images, a warm-up of an eighth, one run each; of
-# the last, a demo of four minutes on two cores, docs/images/demo-samples.png is the picture.
+# Measured as the demo measures: `configs/demo.yaml` on the demo's 10,000 images, a warm-up of an eighth, one run each.
+# docs/images/demo-samples.png is of the last, a demo of four minutes on two cores.
 EXPECTED = (
     Expected(4_000, "outlines under grain", "3.7 ± 0.2"),
     Expected(8_000, "most kinds are recognisable, still grainy", "1.1 ± 0.1"),
