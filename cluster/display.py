@@ -52,8 +52,13 @@ def use_plain_lines() -> None:
 def say(text: str) -> None:
     """A line on stderr, beside the progress bars."""
     _end_opening()
+    _print_line(printable(text, keep="\n\t"))
+
+
+def _print_line(text: str) -> None:
+    """With its time (UTC) where lines are plain."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) if _plain else ""
-    console.print(at + printable(text, keep="\n\t"), markup=False, soft_wrap=True)
+    console.print(at + text, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -100,9 +105,7 @@ def _ticking(line: Callable[[], str]) -> Iterator[None]:
     def tick() -> None:
         wait_s = SOON_S if _plain or console.is_terminal else QUIET_LINE_EVERY_S
         while not over.wait(wait_s):
-            at = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) if _plain else ""
-            seconds = f"{time.monotonic() - started:,.0f} s so far"
-            console.print(f"{at}{printable(line())}: {seconds}", markup=False, soft_wrap=True)
+            _print_line(f"{printable(line())}: {time.monotonic() - started:,.0f} s so far")
             wait_s = QUIET_LINE_EVERY_S
 
     thread = threading.Thread(target=tick, name="progress", daemon=True)

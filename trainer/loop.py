@@ -21,7 +21,7 @@ from scoreray.data.reading.batches import Batch
 from scoreray.data.storage.store import Store
 from scoreray.data.traces import flush, span
 from scoreray.trainer.checkpoints.checkpoint import Checkpoint, latest
-from scoreray.trainer.checkpoints.duration import Clock, as_decided, with_images
+from scoreray.trainer.checkpoints.duration import RunClock, as_decided, with_images
 from scoreray.trainer.checkpoints.marker import Ancestor, DataSet, Marker
 from scoreray.trainer.checkpoints.writer import CheckpointWriter
 from scoreray.trainer.config import Config
@@ -113,7 +113,7 @@ def train(
         meter, vote = StepMeter(world_size, device, work), Vote(world_size)
     marker = replace(_marker(config, data, fields, module, engine, world_size, lineage), teacher=origin)
     batch_size, total, saved = config.data.global_batch_size, config.duration.images, images_seen
-    clock = Clock(config.duration.minutes or 0, batch_size)
+    clock = RunClock(config.duration.minutes or 0, batch_size)
     records: list[TrainingRecord] = []
     norm, decided = 0.0, LoopRequest.NOTHING
     try:

@@ -127,10 +127,11 @@ def _warn_without_token(gcs: str) -> None:
 
 
 class _TooSlow(MachineError):
-    """Ray's daemons did not answer in time, or one of them gave up waiting: a raylet of Ray 2.60 ends after 15 s
-    without its agents' ports. `ended`: whether it was that."""
+    """Ray's daemons did not answer in time."""
 
-    ended = False
+
+class _GaveUp(_TooSlow):
+    """One of Ray's daemons has ended, as a raylet of Ray 2.60 does after 15 s without its agents' ports."""
 
 
 @contextlib.contextmanager
@@ -144,7 +145,7 @@ def _embedded(num_cpus: int, verbose: bool, object_store_bytes: int = OBJECT_STO
             folder = stack.enter_context(_started(num_cpus, object_store_bytes, verbose, wait_s))
         except _TooSlow as error:
             longer_s = start_wait_s()
-            if longer_s <= START_S if error.ended else longer_s < 2 * wait_s:
+            if longer_s <= START_S if isinstance(error, _GaveUp) else longer_s < 2 * wait_s:
                 raise
             say(f"{error}; the machine is busy: once more, waiting up to {longer_s} s")
             folder = stack.enter_context(_started(num_cpus, object_store_bytes, verbose, longer_s))
@@ -181,15 +182,12 @@ def _started(num_cpus: int, object_store_bytes: int, verbose: bool, wait_s: int)
         except Exception as error:  # what Ray raises has no class in common, some of it is plain Exception
             ray.shutdown()
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            ended = isinstance(error, DaemonEnded)
-            kind = _TooSlow if ended or "timed out" in reason.lower() else MachineError
-            failed = kind(
+            kind = _TooSlow if "timed out" in reason.lower() else MachineError
+            kind = _GaveUp if isinstance(error, DaemonEnded) else kind
+            raise kind(
                 f"Ray could not be started on this machine ({_state(folder)}): {reason}; "
                 "see docs/faq.md#ray-doesnt-start"
-            )
-            if isinstance(failed, _TooSlow):
-                failed.ended = ended
-            raise failed from error
+            ) from error
         yield folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.display import bar, say
-from scoreray.cluster.verbs.demo_page import PAGE, Finding, NextStep, expected_lines, moving_picture, page
+from scoreray.cluster.verbs.demo_page import PAGE, Measured, NextStep, expected_lines, moving_picture, page
 from scoreray.cluster.verbs.pack import pack_with_bar
 from scoreray.cluster.verbs.train import TrainResult, train_to_end
 from scoreray.data import fashion_mnist_path
@@ -67,7 +67,7 @@ class DemoResult:
     folder: Path
     trained: TrainResult
     seconds: float
-    finding: Finding
+    finding: Measured
     steps: list[NextStep]
 
     def answer(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _packed(url: str) -> tuple[str, str]:
     return url, held_out
 
 
-def _found(trained: TrainResult, prepared: PreparedRun, held_out_url: str, effort: Effort, out: Path) -> Finding:
+def _found(trained: TrainResult, prepared: PreparedRun, held_out_url: str, effort: Effort, out: Path) -> Measured:
     """Draws samples, measures them, and leaves their pictures in `out`."""
     from scoreray.cluster.verbs.demo_measures import copies_of, drawn, fid_of
     from scoreray.sampling.offline.generate import png_of_sheet
@@ -222,7 +222,7 @@ def _found(trained: TrainResult, prepared: PreparedRun, held_out_url: str, effor
     _stage("measure", f"{effort.samples:,} more pictures against {HELD_OUT:,} that it has never seen{left}")
     fid = fid_of(trained.checkpoint, held_out_url, effort.samples, effort.classifier_images, GUIDANCE, bar)
     copies = copies_of(samples, *_images_of_both(prepared))
-    return Finding(trained.images_seen, fid, copies, samples, frames)
+    return Measured(trained.images_seen, fid, copies, samples, frames)
 
 
 def _images_of_both(prepared: PreparedRun) -> tuple[Any, Any]:

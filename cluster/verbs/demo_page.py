@@ -69,7 +69,7 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Measured:
     """What was found about the demo's model. samples: uint8 [N, C, H, W]; frames: estimates of them on their way."""
 
     images: int
@@ -96,7 +96,7 @@ def expected_lines() -> list[str]:
     return [f"{one.images:>7,} pictures  {one.look}" + f" (FID {one.fid})" * bool(one.fid) for one in EXPECTED]
 
 
-def page(config: Config, trained: TrainResult, finding: Finding, steps: list[NextStep]) -> str:
+def page(config: Config, trained: TrainResult, finding: Measured, steps: list[NextStep]) -> str:
     """The page. It loads nothing, so it works from a file, and reads well on a phone."""
     from scoreray.sampling.offline.generate import png_of_sheet
 

@@ -24,14 +24,14 @@ from scoreray.cluster.verbs.inventory import Facts, Kind, age, places_of
 from scoreray.data.errors import StorageError, UserError, printable
 from scoreray.data.packing.commit import IN_PLACE, PLAN
 from scoreray.data.reading.manifest import MANIFEST
-from scoreray.data.storage.interface import StoredObject, UnfinishedWrite
+from scoreray.data.storage.interface import PROBE, StoredObject, UnfinishedWrite, probe_key
 from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.data.units import counted_noun, readable_bytes
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, MARKER, OWNER, SNAPSHOTS
 
 LEAST_S = 3600.0  # a commit may wait half an hour for a rank's share
-PROBE = re.compile(r"(.*/)?scoreray-probe-[0-9a-f]{32}")
+A_PROBE = re.compile(rf"(.*/)?{PROBE}-[0-9a-f]{{32}}")
 PROBE_BYTES = 16
 ATTEMPT = re.compile(rf"({FOLDER}|{SNAPSHOTS})/\d{{12,18}}-([^/]+)/[^/]+")
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -110,7 +110,7 @@ def clean(url: str, older_s: float, *, remove: bool, now: float | None = None) -
 
 def store_time(store: Store) -> float:
     """By the clock that objects' times are of."""
-    key = f"scoreray-probe-{uuid.uuid4().hex}"
+    key = probe_key()
     store.put(key, uuid.uuid4().bytes)
     try:
         return next(one.written_s for one in store.objects(key))
@@ -129,7 +129,7 @@ def leftovers(store: Store, older_s: float, now: float) -> Iterator[Leftover]:
     candidates = [one for place, (kind, about) in places.items() for one in _of(store, place, kind, about, objects)]
     yield from (one for one in candidates if one.written_s < before)
     for one in objects:
-        if PROBE.fullmatch(one.key) and one.bytes == PROBE_BYTES and one.written_s < before:
+        if A_PROBE.fullmatch(one.key) and one.bytes == PROBE_BYTES and one.written_s < before:
             yield Leftover(store.url(one.key), "a probe", one.bytes, one.written_s, (one.key,))
     for write in store.unfinished():
         if any(write.key.startswith(place) for place in places) and write.written_s < before:

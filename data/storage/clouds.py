@@ -20,7 +20,7 @@ import obstore.store
 from obstore.exceptions import AlreadyExistsError, BaseError, UnauthenticatedError
 
 from scoreray.data.errors import StorageError, Unanswered, shortened
-from scoreray.data.storage.interface import NotFound, Store, StoredObject, UnfinishedWrite, check_key
+from scoreray.data.storage.interface import PROBE, NotFound, Store, StoredObject, UnfinishedWrite, check_key
 from scoreray.data.storage.retries import Refusal, brief, explain_refusal, retried
 
 CONNECT_S = 5.0
@@ -113,7 +113,7 @@ class CloudStore(Store):
         brief().run(super().check_writable)
 
     def check_reachable(self) -> None:
-        brief().run(self.exists, "scoreray-probe")
+        brief().run(self.exists, PROBE)
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         at, first = self._at(key), start or 0

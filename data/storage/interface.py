@@ -18,9 +18,15 @@ from typing import ClassVar
 from scoreray.data.errors import StorageError
 
 TEMPORARY = ".part-"  # what a write that was killed may leave in a folder; never listed
+PROBE = "scoreray-probe"  # what the keys begin with by which a store is tried
 
 abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
 """Set once nobody waits for the answer any more: a request that fails then is not repeated."""
+
+
+def probe_key() -> str:
+    """A new one, of a small object that is written and removed."""
+    return f"{PROBE}-{uuid.uuid4().hex}"
 
 
 class NotFound(StorageError):
@@ -134,7 +140,7 @@ class Store(abc.ABC):
 
     def check_writable(self) -> None:
         """Writes, reads back and removes a small object, so that a run finds out before it starts, not after."""
-        key, data = f"scoreray-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        key, data = probe_key(), uuid.uuid4().bytes
         try:
             self.put(key, data)
             found = self.get(key)

@@ -26,7 +26,7 @@ from boto3.s3.transfer import TransferConfig
 
 from scoreray.data.errors import StorageError, Unanswered
 from scoreray.data.storage import clouds
-from scoreray.data.storage.interface import Store, StoredObject, UnfinishedWrite, check_key
+from scoreray.data.storage.interface import PROBE, Store, StoredObject, UnfinishedWrite, check_key
 from scoreray.data.storage.retries import (
     CODES_BUSY,
     CODES_CREDENTIALS,
@@ -66,7 +66,7 @@ class S3Store(Store):
         brief().run(super().check_writable)
 
     def check_reachable(self) -> None:
-        brief().run(self.exists, "scoreray-probe")
+        brief().run(self.exists, PROBE)
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         if end is not None and end <= (start or 0):

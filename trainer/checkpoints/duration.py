@@ -22,7 +22,7 @@ FEWEST_STEPS = 4  # that are timed, where the run may wait for them
 WARMUP_SHARE = 1 / 8  # of a run of minutes: its warm-up is no longer
 
 
-class Clock:
+class RunClock:
     """Rank 0's clock of a run of minutes, made just before its first step. `now`: seconds."""
 
     def __init__(self, minutes: float, batch_size: int, now: Callable[[], float] = time.perf_counter) -> None:

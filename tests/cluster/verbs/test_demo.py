@@ -23,7 +23,7 @@ from scoreray.cluster.verbs.demo_page import (
     EXPECTED,
     Copies,
     Fid,
-    Finding,
+    Measured,
     _nearest,
     _training_minutes,
     moving_picture,
@@ -110,7 +110,7 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[de
     """The page of a demo that was never run, and its commands."""
     monkeypatch.setattr(demo, "typed_command", lambda: "scoreray")
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), dtype=np.uint8))
-    finding = Finding(5000, Fid(2.5, 0.125, 0.3, 100), Copies(0.0, 0.01, 1500.0, 1400.0, pictures.numpy()), pictures,
+    finding = Measured(5000, Fid(2.5, 0.125, 0.3, 100), Copies(0.0, 0.01, 1500.0, 1400.0, pictures.numpy()), pictures,
                       [pictures, pictures])  # fmt: skip
     trained = TrainResult("s3://b/runs/<i>", "s3://b/runs/<i>/c", 5000, 0.5, 60.0, [], [record(5000, 100)])
     steps = demo.next_steps(tmp_path / "a b", "s3://b/runs/demo", "s3://b/data/x", "s3://b/data/x-held-out")

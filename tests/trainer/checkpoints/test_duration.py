@@ -15,7 +15,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.packing.pack import pack
 from scoreray.trainer import loop
 from scoreray.trainer.checkpoints.checkpoint import latest
-from scoreray.trainer.checkpoints.duration import Clock, has_ended, with_images
+from scoreray.trainer.checkpoints.duration import RunClock, has_ended, with_images
 from scoreray.trainer.config import Config, differing_keys, load_config
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.stopping import LoopRequest
@@ -48,7 +48,7 @@ class Seconds:
 @pytest.mark.parametrize("step_s", [0.05, 0.5, 4.0])
 def test_steps_of_the_same_time_fill_the_minutes(minutes: float, step_s: float) -> None:
     now, seen = Seconds(), 0
-    clock = Clock(minutes, 64, now)
+    clock = RunClock(minutes, 64, now)
     found = None
     while found is None:
         now.at += step_s + (10 if seen == 0 else 1 if seen == 64 else 0)  # the first two take longer
@@ -63,11 +63,11 @@ def test_steps_of_the_same_time_fill_the_minutes(minutes: float, step_s: float) 
 
 def test_what_must_be_known_at_once_is_known_after_one_step() -> None:
     now = Seconds()
-    clock = Clock(1, 16, now)
+    clock = RunClock(1, 16, now)
     now.at += 2
     assert clock.expected(16) == 480
     assert clock.images(16, at_once=True) == 16 + 30 * 16
-    slow, found = Clock(1, 16, now), list[int | None]()
+    slow, found = RunClock(1, 16, now), list[int | None]()
     for i in range(3):
         now.at += 70  # the third step alone takes longer than the minute
         found.append(slow.images(16 * (i + 1)))
@@ -131,18 +131,18 @@ def test_a_run_of_minutes_that_was_stopped_ends_as_if_it_was_not(
         seen += 16
         return LoopRequest.STOP if seen == stop_at else LoopRequest.NOTHING
 
-    monkeypatch.setattr(loop, "Clock", partial(Clock, now=ticking(0.7)))
+    monkeypatch.setattr(loop, "RunClock", partial(RunClock, now=ticking(0.7)))
     assert train(config("broken"), requested=stop) == stop_at
     found = latest(run_store(config("broken")))
     assert found is not None
     total = found.marker.config["duration"]["images"]
     assert total > stop_at
     assert config("broken").duration.images == total
-    monkeypatch.setattr(loop, "Clock", partial(Clock, now=ticking(0.07)))
+    monkeypatch.setattr(loop, "RunClock", partial(RunClock, now=ticking(0.07)))
     assert train(config("broken")) == total
     if stop_at == 32:
         return  # decided by what was measured until then: another number of images than without a stop
-    monkeypatch.setattr(loop, "Clock", partial(Clock, now=ticking(0.7)))
+    monkeypatch.setattr(loop, "RunClock", partial(RunClock, now=ticking(0.7)))
     assert train(config("whole")) == total
     for one, other in zip(weights(config("whole")).values(), weights(config("broken")).values(), strict=True):
         assert torch.equal(one, other)
