@@ -126,20 +126,11 @@ def scoreray() -> Command:
 def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Writes a package of somebody else's, own_package(name, module="its source", ...), and brings it; forgotten at the
     end of the test, with all else that it brought."""
-    from scoreray.data.own_code import bring, code_hash, gate, part
+    from own_code import own_code_forgotten
 
-    before, meta_path = dict(gate._names), list(sys.meta_path)
-    # A module that is written twice within a second, at one length, would be taken from what was compiled of the first.
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    made = list(gate._paths)
+    from scoreray.data.own_code import bring
 
-    def forget() -> None:
-        for name in {*made, *gate._paths}:
-            gate._paths.pop(name, None)
-            for module in [one for one in sys.modules if one.partition(".")[0] == name]:
-                del sys.modules[module]
-        for cached in (code_hash, part.config_class, part._adapter, gate._read_variable, gate._warn):
-            cached.cache_clear()
+    made: list[str] = []
 
     def write(name: str, *, brought: bool = True, **modules: str) -> Path:
         folder = tmp_path / "theirs" / name
@@ -151,13 +142,8 @@ def own_package(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             bring([str(folder)])
         return folder
 
-    forget()
-    yield write
-    gate._names.clear()
-    gate._names.update(before)
-    sys.meta_path[:] = meta_path
-    sys.dont_write_bytecode = write_bytecode
-    forget()
+    with own_code_forgotten(made):
+        yield write
 
 
 @pytest.fixture(scope="session")

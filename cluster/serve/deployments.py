@@ -149,13 +149,14 @@ def application(config: ServeConfig, placement: Placement, errors: str = "") -> 
 
 def _brought() -> dict[str, Any]:
     """Code of somebody else's for the processes of a service: Serve's controller, which starts them, may be of another
-    job. Ray has copied the folders to the cluster when this process connected."""
+    job. Ray has copied the folders to the cluster when this process connected; asked before, it would start one."""
     import ray
 
     variables = own_code.environment() | autoencoders()
     if not variables:
         return {}
-    modules = ray.get_runtime_context().runtime_env.get("py_modules") if own_code.py_modules() else None
+    copied = own_code.py_modules() and ray.is_initialized()
+    modules = ray.get_runtime_context().runtime_env.get("py_modules") if copied else None
     return {"runtime_env": {"env_vars": variables, **({"py_modules": modules} if modules else {})}}
 
 

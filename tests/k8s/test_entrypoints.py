@@ -89,6 +89,20 @@ def test_the_serve_config_is_one_that_ray_serve_takes(clusters: Any, specs: Any,
     assert "x" * 32 not in repr(build(settings))
 
 
+def test_a_service_with_code_that_was_brought_is_described_without_starting_ray(
+    own_package: Any, monkeypatch: Any
+) -> None:
+    import ray
+
+    from scoreray.cluster.serve.app import build
+    from scoreray.cluster.serve.options import ServeOptions
+
+    own_package("served")
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.setenv("SCORERAY_TOKENS", "me:" + "x" * 32)
+    build(ServeOptions(checkpoints=["a"]))
+
+
 def test_numbers_and_words_of_a_serve_config_mean_the_same_though_ray_reads_it_as_yaml_1_1() -> None:
     from scoreray.cluster.serve.options import ServeOptions
 

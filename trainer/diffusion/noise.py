@@ -220,10 +220,13 @@ def _quantile(halves: Tensor) -> Tensor:
     return slope.mul_(k).add_(intercept)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _lines_of_graph(device: str) -> Tensor:
     """`_lines` as a constant of a compiled graph, which would compute them at each call."""
     return _lines(device)
+
+
+# What `torch.compiler.assume_constant_result` sets, without its import of the compiler in each process.
+_lines_of_graph._dynamo_marked_constant = True
 
 
 @functools.lru_cache(8)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from own_code import own_code_forgotten
 from typer.testing import CliRunner
 
 from scoreray.cluster.cli.main import app
@@ -84,11 +86,13 @@ make = Network
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_network(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Code of somebody else's, for the kinds that need some."""
     file = tmp_path_factory.mktemp("code") / "scoreray_tiny_network.py"
     file.write_text(OWN_NETWORK)
-    bring([str(file)])
+    with own_code_forgotten():
+        bring([str(file)])
+        yield
 
 
 def test_every_kind_of_network_is_tested() -> None:

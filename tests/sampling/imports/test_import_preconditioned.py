@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from own_code import own_code_forgotten
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -61,7 +63,7 @@ def make_model(config):
 
 
 @pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the packages `tiny_edm` and `k_diffusion`, both brought."""
     folder = tmp_path_factory.mktemp("code")
     for package in ("tiny_edm", "k_diffusion"):
@@ -69,8 +71,9 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / package / "__init__.py").touch()
         (folder / package / "networks.py").write_text(NETWORKS)
     (folder / "k_diffusion" / "config.py").write_text(CONFIG)
-    bring([str(folder / "tiny_edm"), str(folder / "k_diffusion")])
-    return folder
+    with own_code_forgotten():
+        bring([str(folder / "tiny_edm"), str(folder / "k_diffusion")])
+        yield folder
 
 
 def preconditioned(x: Tensor, sigma: Tensor, f: Tensor, sigma_data: float) -> Tensor:
