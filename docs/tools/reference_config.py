@@ -151,9 +151,10 @@ def _group(group: Group) -> str:
     if group.path == "data.conditions":
         lines += ["By name, each a section:", ""]
     kinds = {kind: cls for cls in group.classes if (kind := kind_of(cls))}
-    if len(kinds) < 2 and not group.own:
+    if not kinds or (len(kinds) < 2 and not group.own):
         (cls,) = group.classes
-        return "\n".join([*lines, _summary(cls), "", _keys(group, cls), ""])
+        own = ["", "Or `kind: package.module:Name`, a class of yours with keys of its own."] if group.own else []
+        return "\n".join([*lines, _summary(cls), *own, "", _keys(group, cls), ""])
     named = [f"[`{kind}`](#{group.path}.{kind})" for kind in kinds]
     own = " or `package.module:Name`, a class of yours" if group.own else ""
     lines += [f"`kind`: {', '.join(named)}{own}.", ""]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from pathlib import Path
 
 import reference_cli
@@ -10,6 +12,7 @@ import reference_http
 import reference_python
 import site_pages
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -35,6 +38,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.meta["search"] = {"boost": 0.2}
     linked = site_pages.with_site_links(markdown, page.file.src_uri, _texts(files), config.repo_url)
     return site_pages.with_drawn_formulas(linked)
+
+
+@event_priority(-50)  # after the search plugin writes the index, before the offline one makes a script of it
+def on_post_build(config: MkDocsConfig) -> None:
+    """Each key of a config is a result of its own: as words in its section's table, it would come after every page
+    that has one of its words in a heading. The boost is for names whose words are everywhere, as sigma_data."""
+    path = Path(config.site_dir, "search", "search_index.json")
+    index = json.loads(path.read_text())
+    index["docs"] += [
+        {"location": f"reference/config.html#{key}", "title": key, "text": html.escape(words), "boost": 3}
+        for key, words in reference_config.described().items()
+    ]
+    path.write_text(json.dumps(index, separators=(",", ":")))
 
 
 def generated() -> dict[str, str]:

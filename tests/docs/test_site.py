@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chromium
 import docstrings
 import pytest
 import reference_config
@@ -114,6 +116,14 @@ def test_every_key_of_a_config_has_a_description() -> None:
     assert not [key for key, words in described.items() if not words]
 
 
+def test_every_key_of_a_config_is_a_result_of_the_search(site: Path) -> None:
+    """By its whole name, which leads to its row."""
+    index = json.loads((site / "search" / "search_index.js").read_text().partition("=")[2].rstrip().rstrip(";"))
+    places = [entry["location"] for entry in index["docs"] if entry["title"] in reference_config.described()]
+    rows = {f"reference/config.html#{place}" for place in ids(site / "reference" / "config.html")}
+    assert len({*places} & rows) == len(reference_config.described())
+
+
 def test_a_row_of_a_key_has_type_default_and_description(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", text_of(site / "reference" / "config.html"))
     row = re.search(r"\nprefetch_batches\n(.*)\n(.*)\n(.*)\n", text)
@@ -141,6 +151,22 @@ def test_the_pages_of_python_have_what_docs_use(site: Path) -> None:
     ):
         assert f"scoreray.sampling.{name}" in found
     assert "scoreray.data.stream.Stream" in found
+
+
+@chromium.NEEDED
+def test_no_page_is_wider_than_a_phone(site: Path) -> None:
+    """What is wider scrolls by itself: code, tables. Pages of every kind, and those with the widest of both."""
+    names = "index config metrics scaling reference/config reference/cli reference/http reference/python/sampling"
+    names += " gallery/index troubleshooting/config tutorials/own-photos benchmarks/results"
+    with chromium.started() as browser:
+        browser.size(*chromium.PHONE)
+        for name in names.split():
+            browser.open((site / f"{name}.html").as_uri())
+            assert browser.run("return document.documentElement.scrollWidth") <= chromium.PHONE[0], name
+            assert not browser.run("return [...document.images].filter(i => i.complete && !i.naturalWidth).length"), (
+                name
+            )
+        assert not browser.errors()
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
