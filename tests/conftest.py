@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import ipaddress
@@ -67,6 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Ray reads its environment on import: before that `connected` sets it, else Ray listens on all addresses."""
     assert "ray" not in sys.modules, "a test module imports Ray at its top: import it in functions"
+    gc.freeze()  # else each collection looks through the objects of thousands of tests and of all libraries
 
 
 @pytest.fixture(scope="session")

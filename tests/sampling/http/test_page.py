@@ -337,7 +337,7 @@ def test_another_model_chosen_meanwhile_leaves_the_pictures_their_names(
     with served(settings) as (url, _):
         open_page(browser, url)
         browser.type("#count", "3")
-        browser.type("#steps", "300")
+        browser.type("#steps", "900")  # the model changes meanwhile, on a browser as slow as it may be
         browser.click("#draw")
         browser.until("document.querySelectorAll('#strip li').length >= 1")
         choose(browser, "#model", "long")
