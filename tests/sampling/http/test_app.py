@@ -885,7 +885,7 @@ def test_a_store_that_fails_or_hangs_stops_nothing(
 def test_draining_answers_what_is_under_way_and_takes_nothing_more(run_url: str) -> None:
     async def main() -> None:
         async with serving(config(run_url)) as call:
-            under_way = [asyncio.create_task(call.post({"count": 8, "steps": 200})) for _ in range(4)]
+            under_way = [asyncio.create_task(call.post({"count": 8, "steps": 60})) for _ in range(4)]
             while call.service.under_way() < 4:
                 await asyncio.sleep(0.005)
             left = asyncio.create_task(call.service.drain(100))

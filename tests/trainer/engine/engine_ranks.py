@@ -166,10 +166,10 @@ def save(engine, module, where: Path) -> None:
 
 CASES = {
     "flat": config(0),
-    "flat-micro": config(0, micro=4),
+    "flat-micro": config(0, micro=6),
     "zero1": config(1),
     "zero2": config(2),
-    "zero2-micro": config(2, micro=4),
+    "zero2-micro": config(2, micro=6),
     "zero3": config(3),
     "zero2-offload": config(2, offload="optimizer"),
     "flat-bf16": config(0, "bf16"),
