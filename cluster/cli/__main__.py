@@ -10,7 +10,7 @@ def main() -> None:
     """The `scoreray` command; see `main.py`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
-    # Imports make some hundred thousand objects and no garbage: by default a fifth of their time goes to looking for it.
+    # Imports make some hundred thousand objects and no garbage: by default a fifth of their time is a search for it.
     gc.set_threshold(50_000, 20, 100)
     from scoreray.cluster.cli.main import main as run
 
