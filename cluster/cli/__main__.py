@@ -3,17 +3,26 @@
 import gc
 import os
 import signal
+import sys
+import threading
 from types import FrameType
+
+SOON_S = 2.0  # as in `cluster/display.py`, which is not imported yet
 
 
 def main() -> None:
     """The `scoreray` command; see `main.py`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
+    late = threading.Timer(SOON_S, os.write, (2, b"loading packages\n"))
+    late.daemon = True
+    if os.isatty(2) and "SCORERAY_PLAIN" not in os.environ and "--plain" not in sys.argv:
+        late.start()
     # Imports make some hundred thousand objects and no garbage: by default a fifth of their time is a search for it.
     gc.set_threshold(50_000, 20, 100)
     from scoreray.cluster.cli.main import main as run
 
+    late.cancel()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGTERM is set by `run`
     run()
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from scoreray.cluster.connect.local_ray import token_given
+from scoreray.cluster.display import say, waiting
 from scoreray.cluster.submit.jobs import JobMetadata, Submission
 from scoreray.data.errors import ScorerayError, UserError, nearest
 
 ADDRESS, TOKEN = "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"
+NO_AGENT, AGENT_WAIT_S, AGENT_LOOK_S = "No available agent", 120.0, 1.0  # Ray waits some seconds in each look
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -98,7 +100,7 @@ class JobsClient:
                    if (found := re.fullmatch(rf"{re.escape(job.name)}-(\d+)", one.submission_id))]  # fmt: skip
         mine = f"{job.name}-{max(numbers, default=0) + 1}"
         try:
-            self._call(
+            self._accepted(
                 lambda: self.client.submit_job(
                     entrypoint=job.entrypoint,
                     submission_id=mine,
@@ -115,6 +117,26 @@ class JobsClient:
         if place:
             self._give_way(mine, place)
         return mine
+
+    def _accepted(self, submit: Callable[[], Any]) -> None:
+        """Submits once a node's job agent is there: it comes some seconds after the dashboard that takes the job."""
+        deadline = time.monotonic() + AGENT_WAIT_S
+        with contextlib.ExitStack() as stack:
+            said = False
+            while True:
+                try:
+                    self._call(submit)
+                    return
+                except Unreachable as error:
+                    if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                        raise
+                if not said:
+                    said = True
+                    say(
+                        f"the cluster's nodes have just started: waiting up to {AGENT_WAIT_S:.0f} s for their job agent"
+                    )
+                    stack.enter_context(waiting("waiting for the job agent of the cluster's nodes"))
+                time.sleep(AGENT_LOOK_S)
 
     def _give_way(self, mine: str, place: str) -> None:
         writing = {one.submission_id: one for one in _writing(place, self.jobs())}

@@ -118,7 +118,7 @@ def run_demo(
         data_url, held_out_url = _packed(str(config.data.url))
         prepared = prepare_run(config, fresh=fresh)
         _stage("train", f"for {_minutes(60 * (config.duration.minutes or 0))} from the first step; Ray starts first")
-        trained = train_to_end(prepared, verbose=verbose)
+        trained = train_to_end(prepared, verbose=verbose, then=effort.calls() / FORWARD)
         finding = _found(trained, prepared, held_out_url, effort, out)
         _stage("page", f"write {out / PAGE}")
         steps = next_steps(out, trained.run, data_url, held_out_url)
@@ -213,8 +213,9 @@ def _found(trained: TrainResult, prepared: PreparedRun, held_out_url: str, effor
     from scoreray.cluster.verbs.demo_measures import copies_of, drawn, fid_of
     from scoreray.sampling.offline.generate import png_of_sheet
 
-    _stage("draw", f"{NUM_SAMPLES} pictures, each from noise of its own{_left(trained.records, effort.calls())}")
-    with bar("draw", STEPS, "steps") as done:
+    left = _left(trained.records, effort.calls(), "with what comes after")
+    _stage("draw", f"{NUM_SAMPLES} pictures, each from noise of its own{left}")
+    with bar("draw", STEPS, "steps", "loading the model, and its first step") as done:
         samples, frames = drawn(trained.checkpoint, NUM_SAMPLES, STEPS, GUIDANCE, done)
     (out / "samples.png").write_bytes(png_of_sheet(samples))
     (out / "samples.webp").write_bytes(moving_picture(frames))
@@ -239,10 +240,12 @@ def _stage(name: str, what: str) -> None:
     say(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}: {what}")
 
 
-def _left(records: list[TrainingRecord], calls: float) -> str:
+def _left(records: list[TrainingRecord], calls: float, of_what: str = "") -> str:
     """About how long so many forward passes take, by the rate of training; "" where that is not known."""
     rates = sorted(record.images_per_s for record in records if record.images_per_s > 0)
-    return f"; about {_minutes(calls / (FORWARD * rates[len(rates) // 2]))}" if rates else ""
+    if not rates:
+        return ""
+    return f"; about {_minutes(calls / (FORWARD * rates[len(rates) // 2]))} {of_what}".rstrip()
 
 
 def _minutes(seconds: float) -> str:

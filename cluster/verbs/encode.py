@@ -72,7 +72,10 @@ def encode_to(
             kept, made = kept + packed.kept, made + (not packed.kept)
             yield packed
 
-    with contextlib.ExitStack() as ending, counted("encode", "samples") as progress:
+    with (
+        contextlib.ExitStack() as ending,
+        counted("encode", "samples", "loading encoders, and the first batch") as progress,
+    ):
         manifest = carry_out(counting, progress)
     holds = f"{counted_noun(manifest.num_samples, 'sample')} in {counted_noun(len(manifest.shards), 'shard')}"
     if made:

@@ -189,7 +189,7 @@ def on_ray(task: Callable[..., Any], inputs: Iterable[tuple]) -> Iterator[Any]:
 
     remote = ray.remote(num_cpus=1, max_retries=RETRIES.times)(task)
     ranges = list(inputs)  # all are Ray's to schedule at once: it holds back what has no CPU yet
-    with counted("average", "parts") as progress:
+    with counted("average", "parts", "reading the first parts") as progress:
         calls = [lambda arguments: remote.remote(*arguments)] * len(ranges)
         for done, (_, result) in enumerate(completed(calls, ranges, RETRIES), 1):
             yield result

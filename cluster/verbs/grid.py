@@ -57,7 +57,7 @@ def optimise_to(url: str, ema: str | None, request: Request, budget: int) -> Gri
     keep_large_tensors_on_the_heap()
     model = load_described(found)
     assert isinstance(model, LoadedDenoiser)  # the others are refused
-    with counted("grid", "rows of the network") as progress:
+    with counted("grid", "rows of the network", "the first samples, by a fine grid") as progress:
         grid = optimise_grid(model, found.sha256, request, budget, progress)
     store.put(grid.key, grid.to_json())
     picture = grid.key.removesuffix(".json") + ".png"

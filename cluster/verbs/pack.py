@@ -69,7 +69,10 @@ def pack_with_bar(
             left_out.update(packed.left_out)
             yield packed
 
-    with contextlib.ExitStack() as stack, counted(f"pack {Path(source).name}", "samples") as progress:
+    with (
+        contextlib.ExitStack() as stack,
+        counted(f"pack {Path(source).name}", "samples", "looking through the source") as progress,
+    ):
         shared: dict[str, Any] = {"progress": progress, "map_shards": counting, **options}
         manifest = pack_buckets(source, url, buckets, **shared) if buckets else pack(source, url, **shared)
     holds = f"{counted_noun(manifest.num_samples, 'sample')} in {counted_noun(len(manifest.shards), 'shard')}"

@@ -84,8 +84,8 @@ def sample_to(
         refuse_same(place, picture, "--picture")
     keep_large_tensors_on_the_heap()
     options = {**options, "pictures": picture is not None}
-    with waiting("reading the model"):
-        job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, **options)
+    with waiting("reading the model") as now:
+        job, model, recorded = begin(place, checkpoint, ema, request, processes=actors or 1, report=now, **options)
     plan = SamplePlan(job, place.shards.url(), model)
     if request.parallel and request.count > FEW:
         say(f"--parallel: of no use for {request.count:,} samples, which fill the network's calls; leave it out")
@@ -109,7 +109,8 @@ def sample_to(
                 gpu = gpus_come(1)
                 if not gpu:
                     wait_for_room("--actors: an actor needs", [{"CPU": 1}], "try another RAY_ADDRESS")
-            progress = stack.enter_context(counted("sample", "samples"))
+            compiling = "compiling the network, and " if job.form.compiled else ""
+            progress = stack.enter_context(counted("sample", "samples", f"{compiling}the first batch"))
             mapper = in_this_process(progress) if actors is None else on_actors(actors, progress, say, gpu=gpu)
             carry_out_job(place, plan, mapper, kept)
     if picture is not None:

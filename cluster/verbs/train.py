@@ -66,8 +66,11 @@ class TrainResult:
         return f"could not read {Entries(self.quarantined).num_samples:,} samples:\n" + "".join(lines)
 
 
-def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult:
-    """Run what `prepare_run` returned until its last image, on RAY_ADDRESS's cluster or on this machine."""
+def train_to_end(prepared: PreparedRun, *, verbose: bool = False, then: float = 0.0) -> TrainResult:
+    """Run what `prepare_run` returned until its last image, on RAY_ADDRESS's cluster or on this machine.
+
+    then: images whose training takes as long as what the command does afterwards, for the time left.
+    """
     config, before = prepared.config, prepared.newest
     run = run_store(config)
     started = time.monotonic()
@@ -85,7 +88,7 @@ def train_to_end(prepared: PreparedRun, *, verbose: bool = False) -> TrainResult
             _wait_for_room(config)
             workers = counted_noun(low, "worker") if low == high else f"{low} to {high} workers"
             say(f"run '{config.run.name}': {workers}, ZeRO {config.engine.zero_stage}, to {run.url()}")
-            with beside(config, say), tracked(config, say), TrainLine(config.duration.images or 0) as line:
+            with beside(config, say), tracked(config, say), TrainLine(config.duration.images or 0, then) as line:
                 fit(config, line, say)
     checkpoint = latest(run)
     if checkpoint is None:

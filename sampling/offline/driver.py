@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,15 @@ def _fast(model: LoadedDenoiser, form: Form) -> Any:
     return made.denoiser
 
 
-def choose_form(model: SampledModel, request: Request, *, precision: str, compile_: str, processes: int = 1) -> Form:
+def choose_form(
+    model: SampledModel,
+    request: Request,
+    *,
+    precision: str,
+    compile_: str,
+    processes: int = 1,
+    report: Callable[[str], None] = lambda what: None,
+) -> Form:
     """What `precision` and `compile_` (auto, ...) mean for this request.
 
     auto: bf16 weights and a compiled forward where the network's calls, by the time of one, pay for compiling, and
@@ -163,6 +171,8 @@ def choose_form(model: SampledModel, request: Request, *, precision: str, compil
         return exact
     if compile_ == "auto" and not _pays(model, request, rows, processes):
         return exact
+    what = "trying bf16" if compile_ == "off" else "compiling the network"
+    report(f"{what}, and comparing its samples with exact ones")
     made = make_fast(model, rows, precision=precision, compile_=compile_)
     chosen = Form("bf16" if made.name.startswith("bf16") else "fp32", "compiled" in made.name, rows)
     if chosen.compiled:

@@ -55,11 +55,13 @@ def begin(
     processes: int = 1,
     pictures: bool = False,
     raw: bool = False,
+    report: Callable[[str], None] = lambda what: None,
 ) -> tuple[SampleJob, SampledModel, Digests | None]:
     """Claims the place: (the job to carry out, its model, the digests of its files if it was finished before).
 
     A job of the same request that was begun there is gone on with: at the checkpoint that it began with, in the form
     that it took. pictures: whether the samples must be pictures whatever the format. raw: latents are not decoded.
+    report: is called with what takes long, once it begins.
     Raises UserError naming what
     differs from another request's, DataError, StorageError.
     """
@@ -96,7 +98,7 @@ def begin(
     )  # fmt: skip
     if before is None:
         place.store.check_writable()
-        form = choose_form(model, request, precision=precision, compile_=compile_, processes=processes)
+        form = choose_form(model, request, precision=precision, compile_=compile_, processes=processes, report=report)
         job = replace(job, form=form)
         if place.store.put_new(place.record, job.to_json()):
             return job, model, None

@@ -123,3 +123,92 @@ def test_a_command_that_is_slow_to_say_anything_says_that_it_loads(
         time.sleep(0.1)
         assert terminal.getvalue() == shown
     assert re.fullmatch(r"(loading packages .*: 0 s so far\n)first line\n", shown)
+
+
+def shown_last(terminal: io.StringIO) -> str:
+    """The last line that a terminal drew, without its escapes."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").rstrip().splitlines()[-1]
+
+
+def test_a_bar_says_what_it_waits_for_before_the_first_and_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of nothing out of nothing are no progress."""
+    terminal = new_terminal(monkeypatch)
+    monkeypatch.setattr(display, "console", Console(stderr=True, highlight=False, width=80))
+    drawn = list[str]()
+    with display._progress("sample", None, "samples", "compiling the network, and the first batch") as progress:
+        for done in (None, 16, 64):
+            if done is not None:
+                progress.update(progress.task_ids[0], completed=done, total=64)
+            progress.refresh()
+            drawn.append(shown_last(terminal))
+    assert "sample" in drawn[0]
+    assert "compiling the network, and the first batch: 0 s so far" in drawn[0]
+    assert "0/" not in drawn[0]
+    assert "16/64 samples" in drawn[1]
+    assert "64/64 samples, finishing" in drawn[2]
+    with display._progress("metrics", 1, "record", "") as progress:
+        progress.refresh()
+        assert "metrics" in shown_last(terminal)
+        assert "under way: 0 s so far" in shown_last(terminal)
+
+
+def test_a_log_says_what_a_count_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = new_terminal(monkeypatch)
+    monkeypatch.setattr(display, "SOON_S", 0.02)
+    monkeypatch.setattr(display, "QUIET_LINE_EVERY_S", 0.02)
+    display.use_plain_lines()
+    with display.counted("pack", "samples", "looking through the source") as progress:
+        time.sleep(0.1)
+        progress(4, 4)
+        time.sleep(0.1)
+    text = terminal.getvalue()
+    assert re.search(r"Z pack looking through the source: 0 s so far\n", text)
+    assert re.search(r"Z pack 4/4 samples, finishing: 0 s so far\n", text)
+    assert "0/" not in text
+
+
+def test_what_is_waited_for_can_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    for plain in (False, True):
+        terminal = new_terminal(monkeypatch)
+        monkeypatch.setattr(display, "SOON_S", 0.01)
+        monkeypatch.setattr(display, "QUIET_LINE_EVERY_S", 0.01)
+        if plain:
+            display.use_plain_lines()
+        with display.waiting("reading the model") as now:
+            time.sleep(0.15)
+            now("compiling [the network]")
+            time.sleep(0.15)
+        first, second = (terminal.getvalue().find(what) for what in ("reading the model", "compiling [the network]"))
+        assert -1 < first < second
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_run_that_makes_no_step_and_one_that_ends_say_so(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
+    terminal = new_terminal(monkeypatch)
+    monkeypatch.setattr(display, "console", Console(stderr=True, highlight=False, width=160))
+    monkeypatch.setattr(display, "SOON_S", 0.0)
+    monkeypatch.setattr(display, "QUIET_LINE_EVERY_S", 0.01)
+    if plain:
+        display.use_plain_lines()
+    said = list[str]()
+    with TrainLine(1280) as line:
+        for images in (None, 640, 1280):
+            if images is not None:
+                line(TrainingProgress(images, 1280, 0.5, 100.0, 0.02, 0))
+            before = len(terminal.getvalue())
+            time.sleep(0.2)
+            line._bar.refresh()
+            said.append(terminal.getvalue()[before:])
+    assert "starting workers, and the first step: 0 s so far" in said[0]
+    assert "no further step: 0 s so far" in said[1]
+    assert ("the last checkpoint is written" if plain else "last checkpoint, end of workers: 0 s") in said[2]
+
+
+def test_the_time_left_can_hold_what_comes_after_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = new_terminal(monkeypatch)
+    monkeypatch.setattr(display, "QUIET_LINE_EVERY_S", -1.0)
+    display.use_plain_lines()
+    for then, text in ((0.0, "6 s left\n"), (1000.0, "6 s left, 16 s with what comes after\n")):
+        with TrainLine(1280, then) as line:
+            line(TrainingProgress(640, 1280, 0.5, 100.0, 0.02, 0))
+        assert text in terminal.getvalue()

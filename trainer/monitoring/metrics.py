@@ -106,6 +106,10 @@ class TrainingProgress:
     reads: ReadCounts = field(default_factory=ReadCounts)
     """of the streams of all ranks since the workers started, as of the newest record"""
 
+    def same_as(self, other: TrainingProgress | None) -> bool:
+        """As ==, but a rate or loss that is not a number is the same as another one: no two of those are equal."""
+        return repr(self) == repr(other)
+
 
 @dataclass
 class RunStatus:

@@ -289,7 +289,7 @@ def _follow(
             continue
         for line in notes:
             note(line)
-        if progress is not None and progress != shown and not ended:
+        if progress is not None and not progress.same_as(shown) and not ended:
             watch(progress)
             shown = progress
 

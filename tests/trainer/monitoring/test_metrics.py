@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,3 +155,13 @@ def test_what_a_stream_counts_reaches_the_metrics() -> None:
     meter.show(shown.append, 4, 8, None, 0)
     found = values(RunStatus(shown[0]))
     assert {name: found[f"scoreray_data_{name}", ""] for name in counted} == counted
+
+
+def test_progress_without_a_rate_is_the_same_after_its_way_through_ray() -> None:
+    """Else a line that says nothing new is shown again at each look: NaN is not equal to NaN."""
+    sent = TrainingProgress(64, 128, 0.5, math.nan, 0.02, 0)
+    came = pickle.loads(pickle.dumps(sent))
+    assert came != sent
+    assert came.same_as(sent)
+    assert not replace(came, images=65).same_as(sent)
+    assert not came.same_as(None)
