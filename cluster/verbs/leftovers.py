@@ -4,6 +4,7 @@ Left over, if nothing of it was written for `older_s`:
 
 - a checkpoint or snapshot of a run without its marker: no start reads it, as starts go on from committed ones alone;
 - shards and records of a pack without a manifest (never tars that are indexed in place), records beside a manifest;
+- files of a model whose export or import did not get to its model.json, by the list that it leaves until then;
 - `samples.unfinished/`, `NAME.npz.unfinished/`: shards of samples that were never put together;
 - multipart uploads and temporary files of keys of ours, which no listing shows;
 - the small objects by which a start tries whether it can write.
@@ -16,9 +17,11 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from scoreray.cluster.verbs.inventory import Facts, Kind, age, places_of
 from scoreray.data.errors import StorageError, UserError, printable
@@ -29,6 +32,8 @@ from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.data.units import counted_noun, readable_bytes
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, MARKER, OWNER, SNAPSHOTS
+from scoreray.trainer.checkpoints.exported import MODEL_JSON
+from scoreray.trainer.checkpoints.exported import UNFINISHED as EXPORTING
 
 LEAST_S = 3600.0  # a commit may wait half an hour for a rank's share
 A_PROBE = re.compile(rf"(.*/)?{PROBE}-[0-9a-f]{{32}}")
@@ -131,6 +136,8 @@ def leftovers(store: Store, older_s: float, now: float) -> Iterator[Leftover]:
     for one in objects:
         if A_PROBE.fullmatch(one.key) and one.bytes == PROBE_BYTES and one.written_s < before:
             yield Leftover(store.url(one.key), "a probe", one.bytes, one.written_s, (one.key,))
+        if one.key.rpartition("/")[2] == EXPORTING and one.written_s < before:
+            yield from _of_export(store, one, {other.key: other for other in objects}, before)
     for write in store.unfinished():
         if any(write.key.startswith(place) for place in places) and write.written_s < before:
             what = "an unfinished upload" if store.is_remote else "a temporary file"
@@ -177,6 +184,23 @@ def _of_pack(store: Store, data: str, about: Facts, ours: dict[str, StoredObject
     yield _leftover(store, data, "a pack that was not finished", "", [*records, *shards])
 
 
+def _of_export(
+    store: Store, begun: StoredObject, objects: Mapping[str, StoredObject], before: float
+) -> Iterator[Leftover]:
+    """The list of what an export was writing, and where no model.json came of it what it wrote since then."""
+    folder = begun.key.removesuffix(EXPORTING)
+    try:
+        names = TypeAdapter(list[str]).validate_json(store.get(begun.key))
+    except (ValidationError, NotFound):
+        return
+    some = [begun]
+    if f"{folder}{MODEL_JSON}" not in objects:
+        listed = sorted({folder + name for name in names} - {begun.key})
+        some += [objects[key] for key in listed if key in objects and objects[key].written_s >= begun.written_s]
+    if max(one.written_s for one in some) < before:
+        yield _leftover(store, folder, "a model that was not written whole", "", some)
+
+
 def _leftover(
     store: Store, place: str, what: str, folder: str, some: Sequence[StoredObject], attempt: str = ""
 ) -> Leftover:
@@ -188,6 +212,9 @@ def _leftover(
 def _remove(store: Store, one: Leftover, older_s: float, now: float) -> bool:
     """False where it has turned out to be in use. What was begun may go on, after a machine's sleep: the run's lease is
     taken before what its newest start wrote is removed, so that this start ends instead of committing the rest."""
+    made = [key.removesuffix(EXPORTING) + MODEL_JSON for key in one.keys if key.endswith(EXPORTING)]
+    if len(one.keys) > 1 and any(map(store.exists, made)):  # the export went on after all
+        return False
     if one.attempt:
         run = store.child(one.run) if one.run else store
         if _holder(run) == one.attempt:

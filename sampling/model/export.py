@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from scoreray.trainer.checkpoints.exported import (
     DIFFUSERS_WEIGHTS,
     FORMAT,
     MODEL_JSON,
+    UNFINISHED,
     ExportedFile,
     ExportedModel,
     ModelManifest,
@@ -131,25 +133,28 @@ def write_model(
     files: Mapping[str, str] | None = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> ModelManifest:
-    """Writes weights, what belongs `beside` them, and model.json last.
+    """Writes weights, what belongs `beside` them, and model.json last. What is being written stands in UNFINISHED
+    meanwhile, by which `scoreray clean` finds what a killed export left.
 
     files: by length, of what file the weights are, where it is not that of our own format. Raises UserError where
     `store` is a run's.
     """
     _check_no_run(store)
     beside = {**(beside or {})}
+    keys = {name: files[name] if files else f"{file_name(name)}.safetensors" for name in model.states}
+    store.put(UNFINISHED, json.dumps([*beside, *keys.values()]).encode())
     store.delete([MODEL_JSON, *beside])
     page = _with_autoencoder(model.page, store)
     written = {}
     for name, weights in model.states.items():
-        written[name] = put_weights(store, files[name] if files else f"{file_name(name)}.safetensors", weights())
+        written[name] = put_weights(store, keys[name], weights())
     for key, data in beside.items():
         store.put(key, data)
     page = replace(page, files=written)
     store.put(MODEL_JSON, page.to_json())
     prefixes = ("ema-", "weights-", DIFFUSERS_WEIGHTS)
     stored = {key for start in prefixes for key, _ in store.list(start) if re.fullmatch(OURS, key)}
-    store.delete(stored - {about.file for about in written.values()})  # of an earlier export
+    store.delete(stored - {about.file for about in written.values()} | {UNFINISHED})  # of an earlier export
     return page
 
 

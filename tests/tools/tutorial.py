@@ -15,7 +15,9 @@ Comments that readers don't see stand on the lines before a block, several with 
 - `background`: goes on until the page's end; the page goes on once the lines that the block says are printed.
 - `status N`: what the command ends with, where that is not 0.
 
-Ports that a page names are free ones in a test (`PORTS`).
+Ports that a page names are free ones in a test (`PORTS`). `scoreray` and `python` are those of the environment that
+runs the test, or of the folder that TUTORIAL_BIN names: with `TUTORIAL_BIN=/tmp/venv/bin` a test walks what a wheel has
+installed there.
 """
 
 from __future__ import annotations
@@ -129,7 +131,8 @@ class Session:
         self.folder = folder
         self.ports = {port: _free_port() for port in PORTS}
         self._ray = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # a short name: Ray's sockets are in it
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        commands = os.environ.get("TUTORIAL_BIN", Path(sys.executable).parent)
+        path = f"{commands}{os.pathsep}{os.environ['PATH']}"
         self._env = {**os.environ, "PATH": path, "RAY_TMPDIR": self._ray.name, "COLUMNS": "120", "PS1": ""}
         self._behind: list[tuple[subprocess.Popen[bytes], Path]] = []
         self._bash = subprocess.Popen(

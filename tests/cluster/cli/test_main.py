@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ def test_a_slow_import_is_not_silent_on_a_terminal(
     monkeypatch.setattr(os, "isatty", lambda number: terminal)
     monkeypatch.setattr(os, "write", lambda number, data: written.append(data))
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
     monkeypatch.setattr(entry, "SOON_S", 0.01)
     entry.main()
     assert b"".join(written) == said

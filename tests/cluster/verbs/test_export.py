@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from scoreray.cluster.verbs.export import export_model, on_ray
+from scoreray.cluster.verbs.leftovers import clean
 from scoreray.data.errors import DataError, UserError
 from scoreray.sampling.model.export import export
 from scoreray.sampling.model.load import load
@@ -53,6 +56,23 @@ def test_an_exported_model_is_the_checkpoints(config: Config, tmp_path: Path) ->
     weights = load_file(f"{out}/ema-0.050.safetensors")
     assert weights.keys() == original.network.state_dict().keys()
     assert not any(key.startswith(("exp_avg", "master")) for key in weights)
+
+
+def test_what_a_killed_export_left_is_found_and_goes(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its weights and its model.json; the same export again leaves nothing but the model."""
+    run, out, later = run_store(config).url(), tmp_path / "model", time.time() + 2 * 86400
+    with monkeypatch.context() as killed:
+        killed.setattr(ModelManifest, "to_json", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export(run, str(out))
+    (found,) = clean(str(tmp_path), 86400, remove=False, now=later).found
+    assert found.what == "a model that was not written whole"
+    assert set(found.keys) == {f"model/{path.name}" for path in out.iterdir()}
+    export(run, str(out))
+    assert clean(str(tmp_path), 86400, remove=True, now=later).found == ()
+    assert "model.json" in {path.name for path in out.iterdir()}
 
 
 def test_a_second_export_leaves_no_file_that_its_page_does_not_name(config: Config, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ KEPT = {
     "samples.unfinished/mine.txt": b"mine",
     "scoreray-probe-mine": b"0123456789abcdef",
     "mine.txt": b"mine",
+    "model/model.json": b"{}",
+    "model/ema-0.050.safetensors": b"whole",
+    "half/mine.safetensors": b"mine",
 }
 LEFT = {
     "run/checkpoints/000000000096-killed/rank-00000.safetensors": b"y" * 50,
@@ -44,9 +47,12 @@ LEFT = {
     "pack/packing/000000": b"{}",
     "pack/shards/000000.tar": b"t" * 30,
     "pack/shards/000001.tar": b"t" * 30,
+    "model/model.unfinished.json": b'["ema-0.050.safetensors"]',
+    "half/model.unfinished.json": b'["ema-0.050.safetensors", "ema-0.100.safetensors", "../mine.txt"]',
+    "half/ema-0.050.safetensors": b"half",
     f"scoreray-probe-{uuid.UUID(int=7).hex}": b"0123456789abcdef",
 }
-PACK_AFTER_ITS_PLAN = sorted(LEFT, key=lambda key: not key.endswith("plan"))
+PACK_AFTER_ITS_PLAN = sorted(LEFT, key=lambda key: not key.endswith(("plan", "unfinished.json")))
 
 
 @pytest.fixture(params=["folder", "s3"])
