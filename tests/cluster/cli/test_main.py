@@ -38,6 +38,7 @@ def test_a_slow_import_is_not_silent_on_a_terminal(
     monkeypatch.setattr(os, "write", lambda number, data: written.append(data))
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(gc, "set_threshold", lambda *counts: None)
     monkeypatch.setattr(entry, "SOON_S", 0.01)
     entry.main()
     assert b"".join(written) == said
