@@ -57,12 +57,16 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train a score network. The same command again goes on from the newest committed checkpoint."""
-    from scoreray.trainer.config import dump_config, load_config
+    from scoreray.trainer.config import dump_config, left_out_by_kinds, load_config
 
     loaded = load_config(config, overrides or ())
     if print_config:
         typer.echo(dump_config(loaded), nl=False)
         return
+    from scoreray.cluster.display import say
+
+    for line in left_out_by_kinds(config, overrides or ()):
+        say(line)
     from scoreray.cluster.verbs.beside_run import check_beside
     from scoreray.cluster.verbs.train import check_machine, train_to_end, warn_of_data
     from scoreray.trainer.prepare import check_run, claim_run

@@ -48,6 +48,19 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         raise explained(error, Config, name) from None
 
 
+def left_out_by_kinds(source: str | Path | dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """A line for each override of a `kind` with which keys of the file go, other than those that are given again."""
+    raw = read_yaml(source)
+    before, after = dict(leaves(raw)), dict(leaves(override(raw, overrides)))
+    lines = []
+    for given in overrides:
+        section = given.partition("=")[0].removesuffix("kind")
+        gone = [key.removeprefix(section) for key in before if key.startswith(section) and key not in after]
+        if section.endswith(".") and gone:
+            lines.append(f"{shortened(given)}: this kind's own defaults, without the file's {', '.join(gone)}")
+    return lines
+
+
 def explained(error: ValidationError, root: type[BaseModel], name: str) -> UserError:
     """What pydantic found wrong with a `root` read from `name`, a line for each mistake."""
     return refusal(

@@ -14,7 +14,7 @@ from scoreray.data.errors import DataError, UserError
 from scoreray.data.reading.order import default_lanes
 from scoreray.data.storage.store import open_store
 from scoreray.data.yaml_text import parse_yaml
-from scoreray.trainer.config import differing_keys, dump_config, leaves, load_config
+from scoreray.trainer.config import differing_keys, dump_config, leaves, left_out_by_kinds, load_config
 from scoreray.trainer.diffusion.process import PROCESSES, VP
 from scoreray.trainer.diffusion.sigma_sampling import SIGMA_SAMPLINGS, LadderUniform
 from scoreray.trainer.diffusion.weighting import WEIGHTINGS, MinSNR
@@ -281,6 +281,17 @@ def test_a_section_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) 
     file.write_text("optimizer: {learning_rate: 3e-4}\n" + yaml.safe_dump(MINIMAL) + "optimizer: {warmup_images: 5}\n")
     with pytest.raises(UserError, match=r"c.yaml: line \d+, column 1: key 'optimizer' stands here again, after line 1"):
         load_config(file)
+
+
+def test_a_new_kind_says_which_keys_of_the_file_go_with_it() -> None:
+    file = {
+        **MINIMAL,
+        "optimizer": {"kind": "adamw", "weight_decay": 0.1, "learning_rate": 1e-3},
+        "process": {"kind": "vp"},
+    }
+    said = left_out_by_kinds(file, ["optimizer.kind=muon", "optimizer.learning_rate=4e-3", "process.kind=ve"])
+    assert said == ["optimizer.kind=muon: this kind's own defaults, without the file's weight_decay"]
+    assert left_out_by_kinds(file, ["optimizer.kind=adamw", "optimizer.weight_decay=0", "run.seed=1"]) == []
 
 
 def test_an_outer_kind_does_not_undo_an_inner_one_whatever_their_order() -> None:
