@@ -18,9 +18,10 @@ from torch import Tensor
 from scoreray.data.buckets.bucketed import BucketedSet
 from scoreray.data.errors import UserError, printable
 from scoreray.data.fields.field import Field
+from scoreray.data.presets import PRESETS
 from scoreray.data.reading.manifest import Manifest
 from scoreray.data.storage.store import local_path, open_store
-from scoreray.data.yaml_text import dump_yaml
+from scoreray.data.yaml_text import dump_yaml, parse_yaml
 from scoreray.trainer.config.network_for_data import SCALES, Hardware, network_for
 from scoreray.trainer.config.run_fields import KINDS, RunFields, run_fields
 from scoreray.trainer.config.sections import ConditionSection, DataSection
@@ -202,8 +203,8 @@ def _noise(draft: _Draft, found: RunFields, samples: Tensor) -> None:
 def _training(draft: _Draft, data: Manifest | BucketedSet, batch: int, machine: Hardware) -> None:
     least, most = SCALES[machine.device].images
     images = max(least, min(most, EPOCHS * data.num_samples))
-    rate = 3e-4 if draft.sections["network"]["kind"] == "dit" else 1e-3
-    draft.add("optimizer", {"learning_rate": rate, "warmup_images": images // 20, "schedule": "cosine"})
+    optimizer, reasons = _optimizer(draft.sections["network"]["kind"], machine)
+    draft.add("optimizer", {**optimizer, "warmup_images": images // 20, "schedule": "cosine"}, *reasons)
     draft.add("ema", {"stds": [0.05, 0.1]})
     why = "has units for bf16" if machine.has_bf16 else "computes no faster in bf16"
     precision = "bf16" if machine.has_bf16 else "fp32"
@@ -212,6 +213,16 @@ def _training(draft: _Draft, data: Manifest | BucketedSet, batch: int, machine: 
     draft.add("duration", {"images": images}, epochs)
     draft.add("checkpoint", {"every_images": max(batch, images // 20)})
     draft.add("log", {"every_images": max(batch, images // 200)})
+
+
+def _optimizer(network: str, machine: Hardware) -> tuple[dict[str, Any], list[str]]:
+    """(which optimizer, with its learning rate, why): the demo's where the network is one of its kind and size."""
+    if network == "unet" and not machine.num_gpus:
+        demo = parse_yaml((PRESETS / "demo.yaml").read_text(), "demo.yaml")["optimizer"]
+        return {key: demo[key] for key in ("kind", "learning_rate")}, [
+            "as of the demo: on small U-Nets Muon ended lower than AdamW after as many images, docs/networks.md"
+        ]
+    return {"learning_rate": 3e-4 if network == "dit" else 1e-3}, []
 
 
 def _power_of_two(number: int) -> int:

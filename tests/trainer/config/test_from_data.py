@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from scoreray.data.errors import UserError
 from scoreray.data.fields.field import Field
 from scoreray.data.fields.record_layout import CHUNK, record_dtype
+from scoreray.data.presets import PRESETS
 from scoreray.data.reading.manifest import Index, Manifest, Shard
 from scoreray.data.yaml_text import parse_yaml
 from scoreray.trainer.config import Config, load_config
@@ -19,6 +21,7 @@ from scoreray.trainer.config.from_data import suggested_config
 from scoreray.trainer.config.network_for_data import Hardware
 from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.diffusion.condition import Condition
+from scoreray.trainer.optim.muon import is_matrix_of_block
 from scoreray.trainer.step import build_training_module
 
 LAPTOP, SERVER = Hardware(cores=2), Hardware(cores=64, num_gpus=8, has_bf16=True)
@@ -104,6 +107,23 @@ def test_a_machine_with_gpus_gets_a_larger_network_that_takes_the_data_too(kind:
     assert large.duration.images > small.duration.images
     with torch.device("meta"):
         large.network.build(run_fields(large.data, data_set(*SETS[kind])).shape, 0)
+
+
+def test_a_small_u_net_gets_the_demos_optimizer_and_others_adamw(tmp_path: Path) -> None:
+    demo = load_config(PRESETS / "demo.yaml")
+    assert demo.optimizer.kind == "muon"
+    for kind in SETS:
+        text, config = suggested(data_set(*SETS[kind]), LAPTOP, tmp_path)
+        assert suggested(data_set(*SETS[kind]), SERVER, tmp_path)[1].optimizer.kind == "adamw", kind
+        assert ("docs/networks.md" in text) == (config.network.kind == "unet"), kind
+        found = config.optimizer
+        assert found.warmup_images == config.duration.images // 20  # type: ignore[operator]
+        if config.network.kind != "unet":
+            assert found.kind == "adamw", kind
+            continue
+        assert replace(found, warmup_images=demo.optimizer.warmup_images) == demo.optimizer, kind
+        module = build_training_module(config, run_fields(config.data, data_set(*SETS[kind])))
+        assert any(is_matrix_of_block(name, one.shape) for name, one in module.named_parameters()), kind
 
 
 def test_every_other_field_conditions_the_network_or_the_reason_is_given(tmp_path: Path) -> None:
