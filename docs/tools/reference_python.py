@@ -32,6 +32,7 @@ AREAS = {
             "scoreray.data.reading.manifest",
             "scoreray.data.webdataset",
             "scoreray.data.storage.store",
+            "scoreray.data.storage.local_s3:LocalS3",
             "scoreray.data.errors",
         ),
     ),
@@ -48,25 +49,43 @@ AREAS = {
             "scoreray.trainer.optim.ema",
         ),
     ),
+    "evaluation": (
+        "Evaluation",
+        "What `scoreray evaluate` does: metrics with their errors, and a page of them.",
+        (
+            "scoreray.sampling.evaluation.evaluate:evaluate",
+            "scoreray.sampling.evaluation.evaluate:Evaluation",
+            "scoreray.sampling.metrics.plan:EvaluationSettings",
+            "scoreray.sampling.metrics.record:EvaluationRecord",
+            "scoreray.sampling.metrics.record:MetricValue",
+        ),
+    ),
     "serving": (
         "Serving",
         "The step batcher, and a client of the service.",
         ("scoreray.sampling.batcher", "scoreray.sampling.http.client"),
     ),
 }
-"""Page -> (title, what it has, modules)."""
+"""Page -> (title, what it has, modules or module:Name)."""
 FOLDER = "reference/python/"
 
 
 def pages() -> dict[str, str]:
     """Page -> text; mkdocstrings replaces each module's line by what its docstrings say."""
     return {
-        f"{FOLDER}{name}.md": f"# {title}\n\n{what}\n\n" + "\n".join(f"::: {module}\n" for module in modules)
-        for name, (title, what, modules) in AREAS.items()
+        f"{FOLDER}{name}.md": f"# {title}\n\n{what}\n\n" + "\n".join(f"::: {one.replace(':', '.')}\n" for one in named)
+        for name, (title, what, named) in AREAS.items()
     }
 
 
 def page_of(path: str) -> str | None:
     """The page that describes a module, `trainer/process.py`; None where none does."""
     module = "scoreray." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    return next((f"{FOLDER}{name}.md" for name, (*_, modules) in AREAS.items() if module in modules), None)
+    return next(
+        (
+            f"{FOLDER}{name}.md"
+            for name, (*_, named) in AREAS.items()
+            if module in (one.partition(":")[0] for one in named)
+        ),
+        None,
+    )
