@@ -10,6 +10,7 @@ import reference_cli
 import reference_config
 import reference_http
 import reference_python
+import site_notebooks
 import site_pages
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -22,7 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds what docs/ does not hold, then names every page in the navigation."""
     for path, uri in site_pages.FROM_ELSEWHERE.items():
-        files.append(File.generated(config, uri, content=(ROOT / path).read_text()))
+        text, drawn = (ROOT / path).read_text(), dict[str, bytes]()
+        if path.endswith(".ipynb"):
+            text, drawn = site_notebooks.page(path, uri)
+        files.append(File.generated(config, uri, content=text))
+        for target, content in drawn.items():
+            files.append(File.generated(config, target, content=content))
         for picture in site_pages.pictures(path):
             target = site_pages.PICTURES + Path(picture).name
             files.append(File.generated(config, target, abs_src_path=str(ROOT / picture)))

@@ -19,6 +19,7 @@ FROM_ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "benchmarks/results.md",
     "examples/own-network/README.md": "examples/own-network.md",
+    **{f"examples/{path.name}": f"examples/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.ipynb"))},
 }
 """Path in the repository -> page of the site, of pages outside docs/."""
 PICTURES = "assets/pictures/"
@@ -33,7 +34,9 @@ NAMED_PAGE = re.compile(rf"{CODE_OR_LINK.pattern}|(?<![\w/.])docs/(?P<page>[\w/-
 
 
 def pictures(path: str) -> list[str]:
-    """The pictures outside docs/ that a page shows, as paths in the repository."""
+    """The pictures outside docs/ that a page shows, as paths in the repository; a notebook holds its own."""
+    if path.endswith(".ipynb"):
+        return []
     links = LINK.findall((ROOT / path).read_text())
     shown = {_joined(path, link) for mark, _, link in links if mark and "://" not in link}
     return sorted(name for name in shown if not name.startswith("docs/"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import chromium
 import docstrings
+import nbformat
 import pytest
 import reference_config
 import reference_python
@@ -157,7 +158,7 @@ def test_the_pages_of_python_have_what_docs_use(site: Path) -> None:
 def test_no_page_is_wider_than_a_phone(site: Path) -> None:
     """What is wider scrolls by itself: code, tables. Pages of every kind, and those with the widest of both."""
     names = "index config metrics scaling reference/config reference/cli reference/http reference/python/sampling"
-    names += " gallery/index troubleshooting/config tutorials/own-photos benchmarks/results"
+    names += " gallery/index troubleshooting/config tutorials/own-photos benchmarks/results examples/demo-model"
     with chromium.started() as browser:
         browser.size(*chromium.PHONE)
         for name in names.split():
@@ -167,6 +168,22 @@ def test_no_page_is_wider_than_a_phone(site: Path) -> None:
                 name
             )
         assert not browser.errors()
+
+
+def test_a_notebook_is_a_page_with_its_code_and_pictures(site: Path) -> None:
+    notebooks = [path for path in site_pages.FROM_ELSEWHERE if path.endswith(".ipynb")]
+    assert {"examples/demo-model.ipynb", "examples/points.ipynb"} <= {*notebooks}
+    for path in notebooks:
+        page = site / site_pages.FROM_ELSEWHERE[path].replace(".md", ".html")
+        pictures = re.findall(r'<img alt="What this code draws" src="([^"]+)"', text_of(page))
+        stored = [one for cell in nbformat.read(ROOT / path, 4).cells for one in cell.get("outputs", [])]
+        assert len(pictures) == sum("image/png" in one.get("data", {}) for one in stored) >= 4
+        for picture in pictures:
+            assert (page.parent / picture).read_bytes().startswith(b"\x89PNG"), picture
+        text = html.unescape(re.sub(r"<[^>]+>", "", text_of(page)))
+        assert "import torch" in text
+        for one in stored:
+            assert one.get("text", "").strip() in text
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
