@@ -297,7 +297,10 @@ def _progress(name: str, total: int | None, unit: str, first: str) -> Iterator[P
     )
     progress.add_task(name, total=total)
     lines = _ticking(lambda: f"{name} {_in_words(unit, first, progress.tasks[0])}")
-    with contextlib.nullcontext() if console.is_terminal else lines, progress:
+    with contextlib.ExitStack() as stack:
+        if not console.is_terminal:
+            stack.enter_context(lines)
+        stack.enter_context(progress)
         yield progress
     if not console.is_terminal:
         task = progress.tasks[0]
