@@ -164,9 +164,6 @@ def _loss_by_level(records: list[TrainingRecord]) -> bytes:
 
 
 def _new_figure() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 3.4), layout="constrained")

@@ -67,9 +67,6 @@ def optimise_to(url: str, ema: str | None, request: Request, budget: int) -> Gri
 
 def grid_picture(grid: StoredGrid, info: ModelInfo) -> bytes:
     """PNG: the levels beside those of the named grids, and the error of each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")

@@ -156,8 +156,8 @@ def _group(group: Group) -> str:
         own = ["", "Or `kind: package.module:Name`, a class of yours with keys of its own."] if group.own else []
         return "\n".join([*lines, _summary(cls), *own, "", _keys(group, cls), ""])
     named = [f"[`{kind}`](#{group.path}.{kind})" for kind in kinds]
-    own = " or `package.module:Name`, a class of yours" if group.own else ""
-    lines += [f"`kind`: {', '.join(named)}{own}.", ""]
+    or_own = " or `package.module:Name`, a class of yours" if group.own else ""
+    lines += [f"`kind`: {', '.join(named)}{or_own}.", ""]
     for kind, cls in kinds.items():
         lines += [f"{level}# `{group.path}.kind: {kind}` {{ #{group.path}.{kind} }}", "", _summary(cls), ""]
         lines += [_keys(group, cls), ""]

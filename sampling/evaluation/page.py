@@ -271,9 +271,6 @@ def _draw_field(axes: Any, field: np.ndarray, limits: tuple[float, float] | None
 
 
 def _new_figure(width: float, height: float) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

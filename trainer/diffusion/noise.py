@@ -227,7 +227,7 @@ def _lines_of_graph(device: str) -> Tensor:
 
 # What `torch.compiler.assume_constant_result` sets, without its import of the compiler in each process. A version of
 # torch that reads another name computes them at each call: slower, the same numbers.
-_lines_of_graph._dynamo_marked_constant = True
+_lines_of_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(8)
