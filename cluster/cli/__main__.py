@@ -18,7 +18,7 @@ def main() -> None:
     late.daemon = True
     if os.isatty(2) and "SCORERAY_PLAIN" not in os.environ and "--plain" not in sys.argv:
         late.start()
-    # Imports make some hundred thousand objects and no garbage: by default a fifth of their time is a search for it.
+    # Imports make some hundred thousand objects and no garbage, and by default look for some all the time.
     gc.set_threshold(50_000, 20, 100)
     from scoreray.cluster.cli.main import main as run
 
@@ -27,7 +27,7 @@ def main() -> None:
     try:
         run()
     finally:
-        gc.freeze()  # else Python looks through all of torch for cycles as it ends: 0.6 s of a core (measured)
+        gc.freeze()  # else Python looks through all of torch for cycles as it ends: 0.4 s of a core
 
 
 def _end(number: int, frame: FrameType | None) -> None:
