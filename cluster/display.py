@@ -97,9 +97,11 @@ def waiting(what: str) -> Iterator[Callable[[str], None]]:
         now[0] = what
         if console.is_terminal:
             progress.update(task, description=what)
+        else:
+            lines.restart(_soon_s())
 
     if not console.is_terminal:
-        with _ticking(lambda: now[0]):
+        with _ticking(lambda: now[0]) as lines:
             yield change
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
@@ -112,7 +114,7 @@ class _Ticker:
     """In a log: `line()` and how long it has been, first after `first_s`, then now and then."""
 
     def __init__(self, line: Callable[[], str], first_s: float) -> None:
-        self._line, self._over = line, threading.Event()
+        self._line, self._over, self._changed = line, False, threading.Condition()
         self.restart(first_s)
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
 
@@ -121,18 +123,25 @@ class _Ticker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        with self._changed:
+            self._over = True
+            self._changed.notify()
         self._thread.join()
 
     def restart(self, first_s: float) -> None:
         """What it says has changed: it is silent again for `first_s`."""
-        self._started = time.monotonic()
-        self._next = self._started + first_s
+        with self._changed:
+            self._started = time.monotonic()
+            self._next = self._started + first_s
+            self._changed.notify()
 
     def _tick(self) -> None:
-        while not self._over.wait(max(0.0, self._next - time.monotonic())):
-            now = time.monotonic()
-            if now >= self._next:  # not restarted meanwhile
+        with self._changed:
+            while not self._over:
+                now = time.monotonic()
+                if now < self._next:
+                    self._changed.wait(self._next - now)
+                    continue
                 self._next = now + QUIET_LINE_EVERY_S
                 _print_line(f"{printable(self._line())}: {now - self._started:,.0f} s so far")
 
@@ -284,7 +293,7 @@ def _progress(name: str, total: int | None, unit: str, first: str) -> Iterator[P
     first = first or ("under way" if total == 1 else f"the first {unit}")
     progress = Progress(
         SpinnerColumn(),
-        TextColumn(name, markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         _Live(
             lambda task: (
@@ -316,7 +325,11 @@ def _in_words(unit: str, first: str, task: Task) -> str:
     if task.total is not None and task.completed >= task.total:
         return f"{done}, finishing"
     left = "" if task.time_remaining is None else f", {_duration(task.time_remaining)} left"
-    return f"{done}{f', {task.speed:,.3g}/s{left}' if task.speed else ''}"
+    return f"{done}{f', {_rate(task.speed)}/s{left}' if task.speed else ''}"
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -18,8 +18,8 @@ def main() -> None:
     late.daemon = True
     if os.isatty(2) and "SCORERAY_PLAIN" not in os.environ and "--plain" not in sys.argv:
         late.start()
-    # Imports make some hundred thousand objects and no garbage, and by default look for some all the time.
-    gc.set_threshold(50_000, 20, 100)
+    # Imports make some hundred thousand objects and no garbage, and by default look for some every 700.
+    gc.set_threshold(50_000)
     from scoreray.cluster.cli.main import main as run
 
     late.cancel()

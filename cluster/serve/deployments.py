@@ -149,7 +149,7 @@ def application(config: ServeConfig, placement: Placement, errors: str = "") -> 
 
 def _brought() -> dict[str, Any]:
     """Code of somebody else's for the processes of a service: Serve's controller, which starts them, may be of another
-    job. Ray has copied the folders to the cluster when this process connected; asked before, it would start one."""
+    job. Ray has copied the folders there when this process connected; asked before, it would start a cluster."""
     import ray
 
     variables = own_code.environment() | autoencoders()

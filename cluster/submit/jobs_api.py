@@ -130,6 +130,10 @@ class JobsClient:
                 except Unreachable as error:
                     if NO_AGENT not in str(error) or time.monotonic() > deadline:
                         raise
+                except UserError as error:
+                    if said and "already exists" in str(error):
+                        return  # it was taken: Ray says that there is no agent where one took too long, too
+                    raise
                 if not said:
                     said = True
                     say(

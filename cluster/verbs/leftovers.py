@@ -197,8 +197,10 @@ def _of_export(
     if f"{folder}{MODEL_JSON}" not in objects:
         listed = sorted({folder + name for name in names} - {begun.key})
         some += [objects[key] for key in listed if key in objects and objects[key].written_s >= begun.written_s]
-    if max(one.written_s for one in some) < before:
-        yield _leftover(store, folder, "a model that was not written whole", "", some)
+        if max(one.written_s for one in some) < before:
+            yield _leftover(store, folder, "a model that was not written whole", "", some)
+    else:
+        yield _leftover(store, folder, "the list of an export that is done", EXPORTING, some)
 
 
 def _leftover(

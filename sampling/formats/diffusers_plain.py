@@ -18,7 +18,7 @@ from scoreray.data.errors import UserError
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.imports.scheduler import BETAS, PREDICTIONS
 from scoreray.sampling.model.export import ModelToExport, file_name, put_weights
-from scoreray.trainer.checkpoints.exported import MODEL_JSON, ModelManifest
+from scoreray.trainer.checkpoints.exported import MODEL_JSON, UNFINISHED, ModelManifest
 from scoreray.trainer.config import Config
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
@@ -54,7 +54,7 @@ def write_plain_folder(model: ModelToExport, network: DiffusersNetworkConfig, st
     part, (name, scheduler) = PARTS[network.class_name], scheduler_of(model.config, network)
     if open_store(model.page.checkpoint).root == store.root:
         raise UserError(f"{store.url()}: is the folder that it was imported from; give another one")
-    store.delete([MODEL_JSON, "model_index.json"])
+    store.delete([MODEL_JSON, UNFINISHED, "model_index.json"])  # UNFINISHED: of an export in another form
     files = {}
     for length, weights in model.states.items():
         state = {key: value for key, value in weights().items() if key.startswith(network.wrapped_prefix)}

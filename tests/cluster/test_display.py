@@ -6,10 +6,12 @@ import io
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from waiting import PATIENCE_S
 
 from scoreray.cluster import display
 from scoreray.cluster.display import TrainLine, sigma_table
@@ -125,6 +127,14 @@ def test_a_command_that_is_slow_to_say_anything_says_that_it_loads(
     assert re.fullmatch(r"(loading packages .*: 0 s so far\n)first line\n", shown)
 
 
+def until_shown(terminal: io.StringIO, pattern: str, refresh: Callable[[], None] = lambda: None) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not re.search(pattern, terminal.getvalue()):
+        assert time.monotonic() < deadline, f"{pattern} is not in {terminal.getvalue()}"
+        refresh()
+        time.sleep(0.01)
+
+
 def shown_last(terminal: io.StringIO) -> str:
     """The last line that a terminal drew, without its escapes."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").rstrip().splitlines()[-1]
@@ -158,12 +168,10 @@ def test_a_log_says_what_a_count_waits_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(display, "QUIET_LINE_EVERY_S", 0.02)
     display.use_plain_lines()
     with display.counted("pack", "samples", "looking through the source") as progress:
-        time.sleep(0.1)
+        until_shown(terminal, r"Z pack looking through the source: \d+ s so far\n")
         progress(4, 4)
-        time.sleep(0.1)
+        until_shown(terminal, r"Z pack 4/4 samples, finishing: \d+ s so far\n")
     text = terminal.getvalue()
-    assert re.search(r"Z pack looking through the source: 0 s so far\n", text)
-    assert re.search(r"Z pack 4/4 samples, finishing: 0 s so far\n", text)
     assert "0/" not in text
 
 
@@ -175,9 +183,9 @@ def test_what_is_waited_for_can_change(monkeypatch: pytest.MonkeyPatch) -> None:
         if plain:
             display.use_plain_lines()
         with display.waiting("reading the model") as now:
-            time.sleep(0.15)
+            until_shown(terminal, "reading the model")
             now("compiling [the network]")
-            time.sleep(0.15)
+            until_shown(terminal, re.escape("compiling [the network]"))
         first, second = (terminal.getvalue().find(what) for what in ("reading the model", "compiling [the network]"))
         assert -1 < first < second
 
@@ -190,18 +198,13 @@ def test_a_run_that_makes_no_step_and_one_that_ends_say_so(monkeypatch: pytest.M
     monkeypatch.setattr(display, "QUIET_LINE_EVERY_S", 0.01)
     if plain:
         display.use_plain_lines()
-    said = list[str]()
+    end = "the last checkpoint is written" if plain else r"last checkpoint, end of workers: \d+ s"
     with TrainLine(1280) as line:
-        for images in (None, 640, 1280):
-            if images is not None:
-                line(TrainingProgress(images, 1280, 0.5, 100.0, 0.02, 0))
-            before = len(terminal.getvalue())
-            time.sleep(0.2)
-            line._bar.refresh()
-            said.append(terminal.getvalue()[before:])
-    assert "starting workers, and the first step: 0 s so far" in said[0]
-    assert "no further step: 0 s so far" in said[1]
-    assert ("the last checkpoint is written" if plain else "last checkpoint, end of workers: 0 s") in said[2]
+        until_shown(terminal, r"starting workers, and the first step: \d+ s so far", line._bar.refresh)
+        for images, said in ((640, r"no further step: \d+ s so far"), (1280, end)):
+            assert not re.search(said, terminal.getvalue())
+            line(TrainingProgress(images, 1280, 0.5, 100.0, 0.02, 0))
+            until_shown(terminal, said, line._bar.refresh)
 
 
 def test_the_time_left_can_hold_what_comes_after_training(monkeypatch: pytest.MonkeyPatch) -> None:

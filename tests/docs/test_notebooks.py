@@ -46,7 +46,7 @@ BEFORE = {"demo-model": DEMO}
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[KernelManager]:
-    manager, client = start_new_kernel(kernel_name="python3")
+    manager, client = start_new_kernel(startup_timeout=PATIENCE_S, kernel_name="python3")
     yield manager
     client.stop_channels()
     manager.shutdown_kernel(now=True)

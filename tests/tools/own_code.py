@@ -13,7 +13,7 @@ from scoreray.data.own_code import code_hash, gate, part
 def own_code_forgotten(also: Sequence[str] = ()) -> Iterator[None]:
     """Within it nothing is brought but what is brought there, and after it that is not either, nor are the packages
     `also`."""
-    names, meta_path = dict(gate._names), list(sys.meta_path)
+    names, paths, meta_path = dict(gate._names), dict(gate._paths), list(sys.meta_path)
     # A module that is written twice within a second, at one length, would be taken from what was compiled of the first.
     write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     _forget(also)
@@ -25,6 +25,7 @@ def own_code_forgotten(also: Sequence[str] = ()) -> Iterator[None]:
         sys.meta_path[:] = meta_path
         sys.dont_write_bytecode = write_bytecode
         _forget(also)
+        gate._paths.update(paths)
 
 
 def _forget(also: Sequence[str]) -> None:

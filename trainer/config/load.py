@@ -55,6 +55,8 @@ def left_out_by_kinds(source: str | Path | dict[str, Any], overrides: Sequence[s
     lines = []
     for given in overrides:
         section = given.partition("=")[0].removesuffix("kind")
+        if before.get(f"{section}kind") == after.get(f"{section}kind"):
+            continue  # nothing was dropped for this one
         gone = [key.removeprefix(section) for key in before if key.startswith(section) and key not in after]
         if section.endswith(".") and gone:
             lines.append(f"{shortened(given)}: this kind's own defaults, without the file's {', '.join(gone)}")

@@ -10,6 +10,7 @@ import time
 from types import ModuleType
 
 import pytest
+from waiting import PATIENCE_S
 
 from scoreray.cluster.cli import __main__ as entry
 
@@ -20,7 +21,7 @@ class SlowModule(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        time.sleep(0.3)
+        self.__dict__["wait"]()
         return lambda: None
 
 
@@ -31,7 +32,15 @@ def test_a_slow_import_is_not_silent_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, terminal: bool, words: list[str], said: bytes
 ) -> None:
     written = list[bytes]()
-    monkeypatch.setitem(sys.modules, "scoreray.cluster.cli.main", SlowModule("main"))
+    slow = SlowModule("main")
+
+    def wait() -> None:
+        deadline = time.monotonic() + (PATIENCE_S if said else 0.2)
+        while not written and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    slow.__dict__["wait"] = wait
+    monkeypatch.setitem(sys.modules, "scoreray.cluster.cli.main", slow)
     monkeypatch.setattr(sys, "argv", ["scoreray", *words])
     monkeypatch.delenv("SCORERAY_PLAIN", raising=False)
     monkeypatch.setattr(os, "isatty", lambda number: terminal)

@@ -887,6 +887,7 @@ def test_draining_answers_what_is_under_way_and_takes_nothing_more(run_url: str)
         async with serving(config(run_url)) as call:
             under_way = [asyncio.create_task(call.post({"count": 8, "steps": 60})) for _ in range(4)]
             while call.service.under_way() < 4:
+                assert not any(task.done() for task in under_way), "one was drawn before all had come"
                 await asyncio.sleep(0.005)
             left = asyncio.create_task(call.service.drain(100))
             await asyncio.sleep(0)

@@ -99,7 +99,7 @@ def distance_to_exact(denoiser, sigma, class_labels=None) -> float:
 # Chains that persist stay at noise levels of their own, 256 of them, and are correlated: a noisier gradient.
 # Others have not quite mixed: over seeds contrastive ends at 0.10 to 0.23.
 LIMIT = {"contrastive": 0.3, "contrastive, persistent": 0.3, "recovery_likelihood": 0.25}
-WIDTH = {"contrastive": 0.45}  # short chains from the data make models too narrow: 0.61 to 0.72 of it over seeds
+WIDTH = {"contrastive": (0.5, 0.9)}  # short chains from the data make models too narrow: 0.61 to 0.72 of it over seeds
 
 
 # One for each form of target, in few steps that come well under the limit. The closed forms of the others, values
@@ -118,9 +118,8 @@ def test_every_objective_recovers_the_mixture(name):
     distance, mode = (x[:, None] - MODES.means).square().sum(2).min(1)
     share = torch.bincount(mode, minlength=3) / len(x)
     assert (share - 1 / 3).abs().max() < 0.1
-    assert distance.median().sqrt() == pytest.approx(
-        0.15 * 1.1774, rel=WIDTH.get(name, 0.3)
-    )  # the median of a Rayleigh law
+    least, most = WIDTH.get(name, (0.7, 1.3))
+    assert least < distance.median().sqrt() / (0.15 * 1.1774) < most  # of the median of a Rayleigh law
 
 
 @pytest.mark.parametrize("start", [pytest.param("data", marks=pytest.mark.slow), "persistent"])
