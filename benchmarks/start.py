@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         moments.setdefault(name, {"clock": time.time(), "cpu": cpu_by_process()})
 
     class Watch:
-        def __init__(self, total: int) -> None:
+        def __init__(self, total: int, then: float = 0.0) -> None:
             self.commits: set[int] = set()
 
         def __enter__(self) -> Watch:
