@@ -32,8 +32,7 @@ from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.data.units import counted_noun, readable_bytes
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, MARKER, OWNER, SNAPSHOTS
-from scoreray.trainer.checkpoints.exported import MODEL_JSON
-from scoreray.trainer.checkpoints.exported import UNFINISHED as EXPORTING
+from scoreray.trainer.checkpoints.exported import MODEL_JSON, UNFINISHED
 
 LEAST_S = 3600.0  # a commit may wait half an hour for a rank's share
 A_PROBE = re.compile(rf"(.*/)?{PROBE}-[0-9a-f]{{32}}")
@@ -133,11 +132,12 @@ def leftovers(store: Store, older_s: float, now: float) -> Iterator[Leftover]:
     places = {place: found for place, found in places_of(store, objects).items() if not found[1].note}
     candidates = [one for place, (kind, about) in places.items() for one in _of(store, place, kind, about, objects)]
     yield from (one for one in candidates if one.written_s < before)
+    by_key = {one.key: one for one in objects}
     for one in objects:
         if A_PROBE.fullmatch(one.key) and one.bytes == PROBE_BYTES and one.written_s < before:
             yield Leftover(store.url(one.key), "a probe", one.bytes, one.written_s, (one.key,))
-        if one.key.rpartition("/")[2] == EXPORTING and one.written_s < before:
-            yield from _of_export(store, one, {other.key: other for other in objects}, before)
+        if one.key.rpartition("/")[2] == UNFINISHED and one.written_s < before:
+            yield from _of_export(store, one, by_key, before)
     for write in store.unfinished():
         if any(write.key.startswith(place) for place in places) and write.written_s < before:
             what = "an unfinished upload" if store.is_remote else "a temporary file"
@@ -150,12 +150,12 @@ def _of(store: Store, place: str, kind: Kind, about: Facts, objects: Sequence[St
         yield from _of_run(store, place, ours)
     elif kind == "data set":
         yield from _of_pack(store, place, about, ours)
-    for folder in sorted({found[0] for key in ours if (found := re.match(UNFINISHED, key))}):
+    for folder in sorted({found[0] for key in ours if (found := re.match(UNFINISHED_SAMPLES, key))}):
         yield _leftover(store, place, "samples that were not put together", folder,
                         [one for key, one in ours.items() if key.startswith(folder)])  # fmt: skip
 
 
-UNFINISHED = r"(samples|[^/]+\.npz)\.unfinished/(?=(shards|packing)/)"
+UNFINISHED_SAMPLES = r"(samples|[^/]+\.npz)\.unfinished/(?=(shards|packing)/)"
 
 
 def _of_run(store: Store, run: str, ours: dict[str, StoredObject]) -> Iterator[Leftover]:
@@ -188,7 +188,7 @@ def _of_export(
     store: Store, begun: StoredObject, objects: Mapping[str, StoredObject], before: float
 ) -> Iterator[Leftover]:
     """The list of what an export was writing, and where no model.json came of it what it wrote since then."""
-    folder = begun.key.removesuffix(EXPORTING)
+    folder = begun.key.removesuffix(UNFINISHED)
     try:
         names = TypeAdapter(list[str]).validate_json(store.get(begun.key))
     except (ValidationError, NotFound):
@@ -200,7 +200,7 @@ def _of_export(
         if max(one.written_s for one in some) < before:
             yield _leftover(store, folder, "a model that was not written whole", "", some)
     else:
-        yield _leftover(store, folder, "the list of an export that is done", EXPORTING, some)
+        yield _leftover(store, folder, "the list of an export that is done", UNFINISHED, some)
 
 
 def _leftover(
@@ -214,7 +214,7 @@ def _leftover(
 def _remove(store: Store, one: Leftover, older_s: float, now: float) -> bool:
     """False where it has turned out to be in use. What was begun may go on, after a machine's sleep: the run's lease is
     taken before what its newest start wrote is removed, so that this start ends instead of committing the rest."""
-    made = [key.removesuffix(EXPORTING) + MODEL_JSON for key in one.keys if key.endswith(EXPORTING)]
+    made = [key.removesuffix(UNFINISHED) + MODEL_JSON for key in one.keys if key.endswith(UNFINISHED)]
     if len(one.keys) > 1 and any(map(store.exists, made)):  # the export went on after all
         return False
     if one.attempt:

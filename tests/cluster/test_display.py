@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from waiting import PATIENCE_S
+from waiting import wait_until
 
 from scoreray.cluster import display
 from scoreray.cluster.display import TrainLine, sigma_table
@@ -128,11 +128,11 @@ def test_a_command_that_is_slow_to_say_anything_says_that_it_loads(
 
 
 def until_shown(terminal: io.StringIO, pattern: str, refresh: Callable[[], None] = lambda: None) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not re.search(pattern, terminal.getvalue()):
-        assert time.monotonic() < deadline, f"{pattern} is not in {terminal.getvalue()}"
+    def shown() -> bool:
         refresh()
-        time.sleep(0.01)
+        return re.search(pattern, terminal.getvalue()) is not None
+
+    wait_until(shown, lambda: f"{pattern} in {terminal.getvalue()}", 0.01)
 
 
 def shown_last(terminal: io.StringIO) -> str:

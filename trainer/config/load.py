@@ -50,15 +50,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
 
 def left_out_by_kinds(source: str | Path | dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """A line for each override of a `kind` with which keys of the file go, other than those that are given again."""
+    of_kinds = [given for given in overrides if given.partition("=")[0].endswith(".kind")]
+    if not of_kinds:
+        return []
     raw = read_yaml(source)
     before, after = dict(leaves(raw)), dict(leaves(override(raw, overrides)))
     lines = []
-    for given in overrides:
+    for given in of_kinds:
         section = given.partition("=")[0].removesuffix("kind")
         if before.get(f"{section}kind") == after.get(f"{section}kind"):
             continue  # nothing was dropped for this one
         gone = [key.removeprefix(section) for key in before if key.startswith(section) and key not in after]
-        if section.endswith(".") and gone:
+        if gone:
             lines.append(f"{shortened(given)}: this kind's own defaults, without the file's {', '.join(gone)}")
     return lines
 
