@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from scoreray.trainer.config import Section, copied, kinds_first, set_key
+from scoreray.trainer.config import Section, kinds_first, set_key, with_default_kinds
 
 SAMPLE = "sample."
 SAMPLE_KEYS = ("sampler", "steps", "grid", "guidance", "ema")
@@ -214,7 +214,7 @@ def build_space(sections: Mapping[str, DimensionSection]) -> tuple[Space | None,
 
 def with_values(raw: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config as a dict, with dotted keys set; a new `kind` replaces its section, as on the command line."""
-    made = copied(raw)
+    made = with_default_kinds(raw)
     for key, value in sorted(values.items(), key=lambda item: kinds_first(item[0])):
         if not key.startswith(SAMPLE):
             set_key(made, key, value, key)

@@ -4,7 +4,7 @@ Left over, if nothing of it was written for `older_s`:
 
 - a checkpoint or snapshot of a run without its marker: no start reads it, as starts go on from committed ones alone;
 - shards and records of a pack without a manifest (never tars that are indexed in place), records beside a manifest;
-- files of a model whose export or import did not get to its model.json, by the list that it leaves until then;
+- files of a model whose export or import did not get to its last file (`trainer/checkpoints/unfinished.py`);
 - `samples.unfinished/`, `NAME.npz.unfinished/`: shards of samples that were never put together;
 - multipart uploads and temporary files of keys of ours, which no listing shows;
 - the small objects by which a start tries whether it can write.
@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from scoreray.cluster.verbs.inventory import Facts, Kind, age, places_of
 from scoreray.data.errors import StorageError, UserError, printable
 from scoreray.data.packing.commit import IN_PLACE, PLAN
@@ -32,7 +30,7 @@ from scoreray.data.storage.lease import Lease
 from scoreray.data.storage.store import NotFound, Store, open_store
 from scoreray.data.units import counted_noun, readable_bytes
 from scoreray.trainer.checkpoints.checkpoint import FOLDER, MARKER, OWNER, SNAPSHOTS
-from scoreray.trainer.checkpoints.exported import MODEL_JSON, UNFINISHED
+from scoreray.trainer.checkpoints.unfinished import UNFINISHED, Unfinished, read_unfinished
 
 LEAST_S = 3600.0  # a commit may wait half an hour for a rank's share
 A_PROBE = re.compile(rf"(.*/)?{PROBE}-[0-9a-f]{{32}}")
@@ -45,7 +43,8 @@ UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 class Leftover:
     """Something that a killed start left.
 
-    keys: of the objects to remove. writes: unfinished ones. run, attempt: whose checkpoint it is, where it is one.
+    keys: of the objects to remove, the first one first. writes: unfinished ones. run, attempt: whose checkpoint it is,
+    where it is one. whole: the key of what makes it no leftover once it is there.
     """
 
     url: str
@@ -56,6 +55,7 @@ class Leftover:
     writes: tuple[UnfinishedWrite, ...] = ()
     run: str = ""
     attempt: str = ""
+    whole: str = ""
 
     def answer(self) -> dict[str, Any]:
         found = asdict(self)
@@ -132,14 +132,17 @@ def leftovers(store: Store, older_s: float, now: float) -> Iterator[Leftover]:
     places = {place: found for place, found in places_of(store, objects).items() if not found[1].note}
     candidates = [one for place, (kind, about) in places.items() for one in _of(store, place, kind, about, objects)]
     yield from (one for one in candidates if one.written_s < before)
-    by_key = {one.key: one for one in objects}
+    by_key, exported = {one.key: one for one in objects}, set[str]()
     for one in objects:
         if A_PROBE.fullmatch(one.key) and one.bytes == PROBE_BYTES and one.written_s < before:
             yield Leftover(store.url(one.key), "a probe", one.bytes, one.written_s, (one.key,))
-        if one.key.rpartition("/")[2] == UNFINISHED and one.written_s < before:
-            yield from _of_export(store, one, by_key, before)
+        is_list = one.key.rpartition("/")[2] == UNFINISHED and one.written_s < before
+        if is_list and (listed := _listed(store, one.key)) is not None:
+            exported.update(listed.keys(one.key.removesuffix(UNFINISHED)))
+            yield from _of_export(store, one, listed, by_key, before)
     for write in store.unfinished():
-        if any(write.key.startswith(place) for place in places) and write.written_s < before:
+        is_ours = write.key in exported or any(write.key.startswith(place) for place in places)
+        if is_ours and write.written_s < before:
             what = "an unfinished upload" if store.is_remote else "a temporary file"
             yield Leftover(store.url(write.key), what, write.bytes, write.written_s, writes=(write,))
 
@@ -184,39 +187,42 @@ def _of_pack(store: Store, data: str, about: Facts, ours: dict[str, StoredObject
     yield _leftover(store, data, "a pack that was not finished", "", [*records, *shards])
 
 
-def _of_export(
-    store: Store, begun: StoredObject, objects: Mapping[str, StoredObject], before: float
-) -> Iterator[Leftover]:
-    """The list of what an export was writing, and where no model.json came of it what it wrote since then."""
-    folder = begun.key.removesuffix(UNFINISHED)
+def _listed(store: Store, key: str) -> Unfinished | None:
     try:
-        names = TypeAdapter(list[str]).validate_json(store.get(begun.key))
-    except (ValidationError, NotFound):
+        return read_unfinished(store.get(key))
+    except NotFound:
+        return None
+
+
+def _of_export(
+    store: Store, begun: StoredObject, listed: Unfinished, objects: Mapping[str, StoredObject], before: float
+) -> Iterator[Leftover]:
+    """The list of what an export was writing, and where its last file did not come what it wrote since then."""
+    folder = begun.key.removesuffix(UNFINISHED)
+    if folder + listed.last in objects:
+        yield _leftover(store, folder, "the list of an export that is done", UNFINISHED, [begun])
         return
-    some = [begun]
-    if f"{folder}{MODEL_JSON}" not in objects:
-        listed = sorted({folder + name for name in names} - {begun.key})
-        some += [objects[key] for key in listed if key in objects and objects[key].written_s >= begun.written_s]
-        if max(one.written_s for one in some) < before:
-            yield _leftover(store, folder, "a model that was not written whole", "", some)
-    else:
-        yield _leftover(store, folder, "the list of an export that is done", UNFINISHED, some)
+    written = [objects[key] for key in sorted({*listed.keys(folder)}) if key in objects]
+    some = [begun, *(one for one in written if one.written_s >= begun.written_s)]
+    if max(one.written_s for one in some) < before:
+        yield _leftover(store, folder, "a model that was not written whole", "", some, whole=folder + listed.last)
 
 
 def _leftover(
-    store: Store, place: str, what: str, folder: str, some: Sequence[StoredObject], attempt: str = ""
+    store: Store, place: str, what: str, folder: str, some: Sequence[StoredObject], attempt: str = "", whole: str = ""
 ) -> Leftover:
     url, keys = store.url(f"{place}{folder}".rstrip("/")), tuple(one.key for one in some)
     size, written_s = sum(one.bytes for one in some), max(one.written_s for one in some)
-    return Leftover(url, what, size, written_s, keys, run=place if attempt else "", attempt=attempt)
+    return Leftover(url, what, size, written_s, keys, run=place if attempt else "", attempt=attempt, whole=whole)
 
 
 def _remove(store: Store, one: Leftover, older_s: float, now: float) -> bool:
     """False where it has turned out to be in use. What was begun may go on, after a machine's sleep: the run's lease is
     taken before what its newest start wrote is removed, so that this start ends instead of committing the rest."""
-    made = [key.removesuffix(UNFINISHED) + MODEL_JSON for key in one.keys if key.endswith(UNFINISHED)]
-    if len(one.keys) > 1 and any(map(store.exists, made)):  # the export went on after all
-        return False
+    if one.whole:
+        store.delete(one.keys[:1])  # the list: an export that goes on after all finds it gone, or is found here
+        if store.exists(one.whole):
+            return False
     if one.attempt:
         run = store.child(one.run) if one.run else store
         if _holder(run) == one.attempt:

@@ -18,7 +18,8 @@ from scoreray.data.errors import UserError
 from scoreray.data.storage.store import Store, open_store
 from scoreray.sampling.imports.scheduler import BETAS, PREDICTIONS
 from scoreray.sampling.model.export import ModelToExport, file_name, put_weights
-from scoreray.trainer.checkpoints.exported import MODEL_JSON, UNFINISHED, ModelManifest
+from scoreray.trainer.checkpoints.exported import MODEL_JSON, ModelManifest
+from scoreray.trainer.checkpoints.unfinished import being_written
 from scoreray.trainer.config import Config
 from scoreray.trainer.networks.diffusers_network import DiffusersNetworkConfig
 
@@ -41,6 +42,7 @@ PARTS = {
     "SD3Transformer2DModel": PipelinePart("transformer", "StableDiffusion3Pipeline"),
     "AuraFlowTransformer2DModel": PipelinePart("transformer", "AuraFlowPipeline"),
 }
+INDEX_JSON = "model_index.json"
 VERSION = "0.36.0"  # of diffusers, from which on folders of this form are known to load
 
 
@@ -54,17 +56,23 @@ def write_plain_folder(model: ModelToExport, network: DiffusersNetworkConfig, st
     part, (name, scheduler) = PARTS[network.class_name], scheduler_of(model.config, network)
     if open_store(model.page.checkpoint).root == store.root:
         raise UserError(f"{store.url()}: is the folder that it was imported from; give another one")
-    store.delete([MODEL_JSON, UNFINISHED, "model_index.json"])  # UNFINISHED: of an export in another form
-    files = {}
-    for length, weights in model.states.items():
-        state = {key: value for key, value in weights().items() if key.startswith(network.wrapped_prefix)}
-        own = {key.removeprefix(network.wrapped_prefix): value for key, value in state.items()}
-        infix = "" if length == model.default else f".{variant(length)}"
-        files[length] = put_weights(store, f"{part.folder}/diffusion_pytorch_model{infix}.safetensors", own)
-    store.put(f"{part.folder}/config.json", as_json({**network.config, "_class_name": network.class_name}))
-    store.put("scheduler/scheduler_config.json", as_json({**scheduler, "_class_name": name}))
+    infix = {length: "" if length == model.default else f".{variant(length)}" for length in model.states}
+    keys = {length: f"{part.folder}/diffusion_pytorch_model{infix[length]}.safetensors" for length in model.states}
+    configs = {
+        f"{part.folder}/config.json": as_json({**network.config, "_class_name": network.class_name}),
+        "scheduler/scheduler_config.json": as_json({**scheduler, "_class_name": name}),
+    }
     parts = {part.folder: ["diffusers", network.class_name], "scheduler": ["diffusers", name]}
-    store.put("model_index.json", as_json({**parts, "_class_name": part.pipeline}))
+    files = {}
+    with being_written(store, INDEX_JSON, [*keys.values(), *configs]) as folder:
+        store.delete([MODEL_JSON])  # of an earlier export in our own form
+        for length, weights in model.states.items():
+            state = {key: value for key, value in weights().items() if key.startswith(network.wrapped_prefix)}
+            own = {key.removeprefix(network.wrapped_prefix): value for key, value in state.items()}
+            files[length] = put_weights(store, keys[length], own)
+        for key, data in configs.items():
+            store.put(key, data)
+        folder.commit(as_json({**parts, "_class_name": part.pipeline}))
     return replace(model.page, files=files)
 
 

@@ -32,6 +32,7 @@ from scoreray.data.storage.store import Store
 from scoreray.sampling.model.export import ModelToExport, file_name
 from scoreray.sampling.model.load import LoadedDenoiser, build_model
 from scoreray.trainer.checkpoints.exported import ExportedFile, ModelManifest
+from scoreray.trainer.checkpoints.unfinished import being_written
 from scoreray.trainer.diffusion.condition import Condition
 from scoreray.trainer.diffusion.condition_shapes import example_condition
 from scoreray.trainer.diffusion.denoiser import like
@@ -95,19 +96,21 @@ def write_graphs(
 
     Raises UserError where a network can't be a graph, or what a graph gives is not what the denoiser gives.
     """
-    store.delete([DENOISER_JSON])
     files, written = dict[str, ExportedFile](), []
-    for length, weights in model.states.items():
-        denoiser = _denoiser(model, length, weights(), format)
-        name = f"{file_name(length)}{SUFFIXES[format]}"
-        with scratch_folder() as folder:
-            run, runtime = _saved(denoiser, folder / name, format, rows)
-            written.append(WrittenGraph(length, name, _difference(denoiser, run, format, rows), runtime))
-            for path in sorted(folder.iterdir()):  # a graph above 2 GB has its weights in a second file
-                store.put(path.name, path)
-            files[length] = _described(folder / name)
-    page = replace(model.page, files=files)
-    store.put(DENOISER_JSON, page.to_json())
+    with being_written(store, DENOISER_JSON) as folder:
+        for length, weights in model.states.items():
+            denoiser = _denoiser(model, length, weights(), format)
+            name = f"{file_name(length)}{SUFFIXES[format]}"
+            with scratch_folder() as scratch:
+                run, runtime = _saved(denoiser, scratch / name, format, rows)
+                written.append(WrittenGraph(length, name, _difference(denoiser, run, format, rows), runtime))
+                paths = sorted(scratch.iterdir())  # a graph above 2 GB has its weights in a second file
+                folder.lists(path.name for path in paths)
+                for path in paths:
+                    store.put(path.name, path)
+                files[length] = _described(scratch / name)
+        page = replace(model.page, files=files)
+        folder.commit(page.to_json())
     return page, written
 
 

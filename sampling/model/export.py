@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from scoreray.trainer.checkpoints.exported import (
     DIFFUSERS_WEIGHTS,
     FORMAT,
     MODEL_JSON,
-    UNFINISHED,
     ExportedFile,
     ExportedModel,
     ModelManifest,
@@ -30,6 +28,7 @@ from scoreray.trainer.checkpoints.exported import (
 from scoreray.trainer.checkpoints.marker import page_fields
 from scoreray.trainer.checkpoints.stored_model import StoredModel, find_model
 from scoreray.trainer.checkpoints.tensor_file import write_tensors
+from scoreray.trainer.checkpoints.unfinished import FolderWriter, being_written
 from scoreray.trainer.config import Config
 from scoreray.trainer.encoders.diffusers import DiffusersAutoencoder, autoencoder_files
 from scoreray.trainer.encoders.load import load_autoencoder
@@ -133,8 +132,7 @@ def write_model(
     files: Mapping[str, str] | None = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> ModelManifest:
-    """Writes weights, what belongs `beside` them, and model.json last. What is being written stands in UNFINISHED
-    meanwhile, by which `scoreray clean` finds what a killed export left.
+    """Writes weights, what belongs `beside` them, and model.json last.
 
     files: by length, of what file the weights are, where it is not that of our own format. Raises UserError where
     `store` is a run's.
@@ -142,19 +140,19 @@ def write_model(
     _check_no_run(store)
     beside = {**(beside or {})}
     keys = {name: files[name] if files else f"{file_name(name)}.safetensors" for name in model.states}
-    store.put(UNFINISHED, json.dumps([*beside, *keys.values()]).encode())
-    store.delete([MODEL_JSON, *beside])
-    page = _with_autoencoder(model.page, store)
-    written = {}
-    for name, weights in model.states.items():
-        written[name] = put_weights(store, keys[name], weights())
-    for key, data in beside.items():
-        store.put(key, data)
-    page = replace(page, files=written)
-    store.put(MODEL_JSON, page.to_json())
-    prefixes = ("ema-", "weights-", DIFFUSERS_WEIGHTS)
-    stored = {key for start in prefixes for key, _ in store.list(start) if re.fullmatch(OURS, key)}
-    store.delete(stored - {about.file for about in written.values()} | {UNFINISHED})  # of an earlier export
+    with being_written(store, MODEL_JSON, [*beside, *keys.values()]) as folder:
+        store.delete(beside)
+        page = _with_autoencoder(model.page, folder)
+        written = {}
+        for name, weights in model.states.items():
+            written[name] = put_weights(store, keys[name], weights())
+        for key, data in beside.items():
+            store.put(key, data)
+        page = replace(page, files=written)
+        folder.commit(page.to_json())
+        prefixes = ("ema-", "weights-", DIFFUSERS_WEIGHTS)
+        stored = {key for start in prefixes for key, _ in store.list(start) if re.fullmatch(OURS, key)}
+        store.delete(stored - {about.file for about in written.values()})  # of an earlier export
     return page
 
 
@@ -165,16 +163,19 @@ def has_autoencoder(page: ModelManifest) -> bool:
     return encoding is not None and encoding.kind in kinds and page.config.get("lora") is None
 
 
-def _with_autoencoder(page: ModelManifest, store: Store) -> ModelManifest:
-    """Puts the autoencoder, if `has_autoencoder`, into its folder; the page that says so."""
+def _with_autoencoder(page: ModelManifest, folder: FolderWriter) -> ModelManifest:
+    """Puts the autoencoder, if `has_autoencoder`, into a folder of it; the page that says so."""
     if not has_autoencoder(page) or page.target is None or page.target.encoding is None:
         return page
-    found, place = load_autoencoder(page.target.encoding, "cpu"), open_store(store.url(AUTOENCODER))
+    found, place = load_autoencoder(page.target.encoding, "cpu"), open_store(folder.store.url(AUTOENCODER))
     if found.kind == ScorerayAutoencoder.kind:
         stored = find_model(found.path)
+        folder.lists(f"{AUTOENCODER}/{name}" for name in (f"{file_name(stored.ema)}.safetensors", MODEL_JSON))
         write_model(model_to_export(stored, [stored.ema]), place)
     else:
-        for name, data in autoencoder_files(replace(page.target.encoding, path=found.path)).items():
+        files = autoencoder_files(replace(page.target.encoding, path=found.path))
+        folder.lists(f"{AUTOENCODER}/{name}" for name in files)
+        for name, data in files.items():
             place.put(name, data)
     return with_autoencoder_at(page, AUTOENCODER)
 

@@ -37,7 +37,6 @@ from scoreray.trainer.networks.lora import PEFT_PREFIX
 from scoreray.trainer.optim.fragments import Fragment
 
 MODEL_JSON = "model.json"
-UNFINISHED = "model.unfinished.json"  # a list of the files that are being written, until model.json is
 AUTOENCODER = "vae"  # the folder of the autoencoder, as pipelines of diffusers name it
 FORMAT = 2
 UNSEALED = 1  # the format before seals

@@ -1,7 +1,6 @@
 """The config of a run: typed sections, loading with overrides, validation across sections, the scale of the data."""
 
 from scoreray.trainer.config.load import (
-    copied,
     differing_keys,
     dump_config,
     explained,
@@ -14,6 +13,7 @@ from scoreray.trainer.config.load import (
     read_yaml,
     refusal,
     set_key,
+    with_default_kinds,
 )
 from scoreray.trainer.config.sections import Config, DataSection, DurationSection, Section, check_run_name
 from scoreray.trainer.objectives.teacher import MAX_GUIDANCE
@@ -25,7 +25,6 @@ __all__ = [
     "DurationSection",
     "Section",
     "check_run_name",
-    "copied",
     "differing_keys",
     "dump_config",
     "explained",
@@ -38,4 +37,5 @@ __all__ = [
     "read_yaml",
     "refusal",
     "set_key",
+    "with_default_kinds",
 ]

@@ -39,7 +39,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """
     name = "config" if isinstance(source, dict) else str(source)
     try:
-        raw = _with_default_kinds(override(read_yaml(source), overrides))
+        raw = with_default_kinds(override(with_default_kinds(read_yaml(source)), overrides))
     except RecursionError:
         raise UserError(f"{name}: nested too deeply, or within itself: not a config") from None
     try:
@@ -53,14 +53,16 @@ def left_out_by_kinds(source: str | Path | dict[str, Any], overrides: Sequence[s
     of_kinds = [given for given in overrides if given.partition("=")[0].endswith(".kind")]
     if not of_kinds:
         return []
-    raw = read_yaml(source)
+    raw = with_default_kinds(read_yaml(source))
     before, after = dict(leaves(raw)), dict(leaves(override(raw, overrides)))
-    lines = []
-    for given in of_kinds:
+    lines, counted = [], set[str]()
+    for given in sorted(of_kinds, key=lambda text: kinds_first(text.partition("=")[0])):
         section = given.partition("=")[0].removesuffix("kind")
         if before.get(f"{section}kind") == after.get(f"{section}kind"):
             continue  # nothing was dropped for this one
-        gone = [key.removeprefix(section) for key in before if key.startswith(section) and key not in after]
+        dropped = [key for key in before if key.startswith(section) and key not in after and key not in counted]
+        counted.update(dropped)
+        gone = [key.removeprefix(section) for key in dropped if key.rpartition(".")[2] != "kind"]
         if gone:
             lines.append(f"{shortened(given)}: this kind's own defaults, without the file's {', '.join(gone)}")
     return lines
@@ -164,8 +166,8 @@ def set_key(raw: dict[str, Any], key: str, value: Any, name: str) -> None:
     section[leaf] = value
 
 
-def _with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw` with the default `kind` wherever a section that has one leaves it out.
+def with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with the default `kind` wherever a section that has one leaves it out: a new kind is then known as one.
 
     pydantic's discriminated unions refuse a section without its tag, also where only one key of the default is changed.
     """

@@ -47,8 +47,10 @@ LEFT = {
     "pack/packing/000000": b"{}",
     "pack/shards/000000.tar": b"t" * 30,
     "pack/shards/000001.tar": b"t" * 30,
-    "model/model.unfinished.json": b'["ema-0.050.safetensors"]',
-    "half/model.unfinished.json": b'["ema-0.050.safetensors", "ema-0.100.safetensors", "../mine.txt"]',
+    "model/model.unfinished.json": b'{"last": "model.json", "files": ["ema-0.050.safetensors"], "id": "a"}',
+    "half/model.unfinished.json": b'{"last": "model.json", "id": "b", "files": ["ema-0.050.safetensors", '
+    b'"ema-0.100.safetensors", "vae/config.json", "../mine.txt"]}',
+    "half/vae/config.json": b"{}",
     "half/ema-0.050.safetensors": b"half",
     f"scoreray-probe-{uuid.UUID(int=7).hex}": b"0123456789abcdef",
 }
@@ -90,7 +92,11 @@ def test_leftovers_go_after_a_day_and_nothing_else(place: str, scoreray: Callabl
 
 def test_uploads_and_temporary_files_of_our_keys_go(place: str) -> None:
     store = fill(place)
-    for key in ("run/checkpoints/000000000128-k/rank-00000.safetensors", "elsewhere/mine.bin"):
+    for key in (
+        "run/checkpoints/000000000128-k/rank-00000.safetensors",
+        "half/ema-0.100.safetensors",
+        "elsewhere/mine.bin",
+    ):
         if store.is_remote:
             bucket, _, prefix = place.removeprefix("s3://").partition("/")
             upload = client().create_multipart_upload(Bucket=bucket, Key=f"{prefix}/{key}")
@@ -104,7 +110,7 @@ def test_uploads_and_temporary_files_of_our_keys_go(place: str) -> None:
     assert {one.bytes for one in written.values()} == {77}
     assert all(abs(one.written_s - time.time()) < 600 for one in written.values())
     clean(place, DAY_S, remove=True)
-    assert len(store.unfinished()) == 2
+    assert len(store.unfinished()) == 3
     clean(place, DAY_S, remove=True, now=time.time() + 2 * DAY_S)
     assert [one.key for one in store.unfinished()] == ["elsewhere/mine.bin"]
     assert keys(store) == set(KEPT)

@@ -427,3 +427,19 @@ def test_no_number_of_a_config_may_be_infinite_or_none_at_all(key: str, value: s
     with pytest.raises(UserError, match=key.rpartition(".")[2]) as caught:
         load_config(MINIMAL, [f"{key}={value}"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_new_kind_clears_a_section_that_leaves_the_default_kind_out() -> None:
+    file = {
+        **MINIMAL,
+        "optimizer": {"weight_decay": 0.1},
+        "objective": {"weighting": {"kind": "min_snr", "gamma": 3.0}},
+    }
+    words = ["optimizer.kind=muon", "objective.weighting.kind=uniform", "objective.kind=edm"]
+    said = left_out_by_kinds(file, words[:2])
+    assert [line.rpartition(" ")[2] for line in said] == ["weight_decay", "gamma"]
+    assert load_config(file, words[:1]).optimizer == load_config(MINIMAL, words[:1]).optimizer
+    once = left_out_by_kinds(
+        {**MINIMAL, "objective": {**file["objective"], "kind": "edm"}}, [*words[:2], "objective.kind=denoising"]
+    )
+    assert "".join(once).count("gamma") == 1
