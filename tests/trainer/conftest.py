@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -61,35 +62,72 @@ def start_train() -> Callable[..., Driver]:
     return Driver
 
 
-@pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., str]:
-    """run_ranks(script, *arguments, worlds=(2,), modules=("what to import before",)): the ranks' output. Each is
-    `script RANK WORLD ARGUMENT...`; see `tests/trainer/fork_ranks.py`."""
+class Forks:
+    """A process that has imported everything, and runs scripts in forks: see `tests/trainer/fork_ranks.py`."""
 
-    def run(
-        script: Path,
-        *arguments: str,
-        worlds: tuple[int, ...] = (2,),
-        modules: tuple[str, ...] = ("scoreray.trainer.loop",),
-    ) -> str:
-        forks, sizes = Path(__file__).with_name("fork_ranks.py"), ",".join(map(str, worlds))
-        command = [sys.executable, "-W", "ignore", str(forks), sizes, ",".join(modules), str(script), *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        ranks = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._environment = folder, {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fork_ranks.py"))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | self._environment
         )
+
+    def run(self, script: Path, arguments: tuple[str, ...], worlds: tuple[int, ...] = ()) -> str:
+        output = self._folder / "output.txt"
+        output.write_bytes(b"")
+        job = {
+            "script": str(script), "arguments": arguments, "worlds": worlds, "output": str(output),
+            "environment": os.environ | self._environment | {"DS_ACCELERATOR": "cpu"},
+        }  # fmt: skip
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        child, status = int(self._line()), ""
         try:
-            output, _ = ranks.communicate()  # as long as pytest lets a test last
+            status = self._line()  # as long as pytest lets a test last
         finally:
             with contextlib.suppress(ProcessLookupError):  # a rank that hangs would slow the tests after this
-                os.killpg(ranks.pid, signal.SIGKILL)
-        assert ranks.returncode == 0, output[-6000:]
-        return output
+                os.killpg(child, signal.SIGKILL)
+            if not status:
+                self._line()
+        assert int(status) == 0, output.read_text()[-6000:]
+        return output.read_text()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    found = Forks(tmp_path_factory.mktemp("forks"))
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(forks: Forks) -> Callable[..., str]:
+    """run_ranks(script, *arguments, worlds=(2,)): the ranks' output. Each is `script RANK WORLD ARGUMENT...`."""
+
+    def run(script: Path, *arguments: str, worlds: tuple[int, ...] = (2,)) -> str:
+        return forks.run(script, arguments, worlds)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_forked(forks: Forks) -> Callable[..., str]:
+    """run_forked(script, *arguments): what a process with everything imported and one thread prints."""
+
+    def run(script: Path, *arguments: str) -> str:
+        return forks.run(script, arguments)
 
     return run
 

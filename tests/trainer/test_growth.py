@@ -182,15 +182,15 @@ def test_checks_of_workers_are_no_more_a_second_with_more_workers(monkeypatch: p
 def test_a_start_and_a_commit_of_other_ranks_ask_nothing_of_the_store(
     small_run: Callable[..., dict[str, Any]], run_ranks: Callable[..., str], tmp_path: Path
 ) -> None:
-    """Two starts of a replicated run on 2 and 8 ranks, with a quarantine: in the second, rank 0 restores for all."""
-    settings = small_run("run", tmp_path / "runs", 128, checkpoint={"every_images": 32}, log={"every_images": 32})
-    settings["data"] |= {"on_error": "quarantine"}
+    """Two starts of a replicated run on 2 and 6 ranks, with a quarantine: in the second, rank 0 restores for all."""
+    settings = small_run("run", tmp_path / "runs", 48, checkpoint={"every_images": 12}, log={"every_images": 12})
+    settings["data"] |= {"on_error": "quarantine", "global_batch_size": 12}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    run_ranks(Path(__file__).with_name("growth_ranks.py"), str(tmp_path), worlds=(2, 2, 8, 8))
-    two, eight = (
-        [json.loads((tmp_path / f"{world}-1-{rank}.json").read_text()) for rank in range(world)] for world in (2, 8)
+    run_ranks(Path(__file__).with_name("growth_ranks.py"), str(tmp_path), worlds=(2, 2, 6, 6))
+    two, six = (
+        [json.loads((tmp_path / f"{world}-1-{rank}.json").read_text()) for rank in range(world)] for world in (2, 6)
     )
     assert two[0]["requests"]["get checkpoints"] >= 2
-    assert two[0]["requests"] == pytest.approx(eight[0]["requests"], abs=2)  # a check of the lease by time
-    for other in (*two[1:], *eight[1:]):
+    assert two[0]["requests"] == pytest.approx(six[0]["requests"], abs=2)  # a check of the lease by time
+    for other in (*two[1:], *six[1:]):
         assert other == {"requests": {}, "reports": 0}

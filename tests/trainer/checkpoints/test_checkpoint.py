@@ -7,10 +7,8 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +19,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from waiting import PATIENCE_S
 
 from scoreray.data.errors import DataError, StorageError, UserError
 from scoreray.data.scratch import scratch_file
@@ -397,17 +394,10 @@ def test_unfinished_uploads_of_killed_starts_are_aborted(s3_url: str) -> None:
 
 
 @pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_kills_while_checkpoints_are_written(kills: int, tmp_path: Path) -> None:
+def test_kills_while_checkpoints_are_written(kills: int, tmp_path: Path, run_forked: Callable[..., str]) -> None:
     """SIGKILL at random moments: the newest committed checkpoint always loads, and what is left never piles up."""
     helper = Path(__file__).with_name("checkpoint_kills.py")
-    done = subprocess.run(
-        [sys.executable, str(helper), str(tmp_path), str(kills)],
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE_S,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads(done.stdout)
+    facts = json.loads(run_forked(helper, str(tmp_path), str(kills)).splitlines()[-1])
     assert facts["kills"] == kills
     assert facts["commits"] >= kills // 20  # the writers came far enough for kills to fall anywhere
     assert facts["killed while writing"] >= kills // 4
@@ -536,20 +526,14 @@ def test_what_is_not_of_the_same_shape_is_not_restored(tmp_path: Path, shapes: d
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_of_several_starts_at_once_exactly_the_newest_goes_on(
-    tmp_path: Path, request: pytest.FixtureRequest, remote: bool
+    tmp_path: Path, request: pytest.FixtureRequest, run_forked: Callable[..., str], remote: bool
 ) -> None:
     """Processes that take one run over within 50 ms: all but the last to do so end as taken over, the last commits."""
-    url, rounds, starts = (request.getfixturevalue("s3_url"), 2, 3) if remote else (str(tmp_path / "run"), 5, 4)
+    url, rounds, starts = (request.getfixturevalue("s3_url"), 2, 2) if remote else (str(tmp_path / "run"), 3, 4)
     helper = Path(__file__).with_name("racing_starts.py")
-    done = subprocess.run(
-        [sys.executable, str(helper), url, str(rounds), str(starts)],
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE_S,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads(done.stdout)
-    assert facts["failed"] == 0, done.stderr[-3000:]
+    output = run_forked(helper, url, str(rounds), str(starts))
+    facts = json.loads(output.splitlines()[-1])
+    assert facts["failed"] == 0, output[-3000:]
     assert facts["taken over"] == rounds * (starts - 1)
     assert facts["went on"] == facts["whole"] == facts["records"] == rounds
     assert facts["most folders"] == 2

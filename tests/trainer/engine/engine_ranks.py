@@ -5,6 +5,7 @@ For every case it trains a few steps, saves a checkpoint into FOLDER, and restor
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ from scoreray.trainer.engine.base import resolve_precision
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.networks.autoencoder import AutoencoderConfig
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
+from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.objectives.autoencoding import AutoencodingObjective
 from scoreray.trainer.objectives.consistency import ConsistencyObjective
@@ -70,6 +72,7 @@ def network() -> torch.nn.Module:
 
 
 def engine_of(module, case):
+    gc.freeze()  # ZeRO-3 collects garbage at each start, and would look through all that earlier cases left
     device = torch.device("cpu")
     parts = case.engine, case.optimizer.for_run(0, 100), case.ema
     return build_engine(module, *parts, global_batch_size=BATCH, world_size=WORLD, device=device)
@@ -102,11 +105,15 @@ CONDITIONS = {
 }
 
 
-def train_conditioned(case, objective, guidance: float | None = None) -> list[float]:
+TEXT = TextEncoderConfig(8, 1, 2)
+UNET = UNetConfig(8, (1,), 1, (4,), activation_checkpointing=True, text_encoder=TEXT)
+DIT = DiTConfig(2, 8, 1, 2, activation_checkpointing=True, text_encoder=TEXT)  # under ZeRO-3 each module costs time
+
+
+def train_conditioned(case, network, objective, guidance: float | None = None) -> list[float]:
     """Norms of a few steps of a network with cross-attention that recomputes its activations, given conditions.
     guidance: of a teacher with the same network and other weights, if there is one."""
     torch.manual_seed(0)
-    network = UNetConfig(8, (1,), 1, (4,), activation_checkpointing=True, text_encoder=TextEncoderConfig(8, 1, 2))
     module = TrainingModule(
         Denoiser(network.build((1, 4, 4), with_levels(CONDITIONS, objective.levels))), objective, EDM(), seed=0,
         global_batch_size=BATCH, dropout={"place": 0.3},
@@ -263,12 +270,12 @@ def main() -> None:
         engine, module, _ = train(SGLD[name])
         save(engine, module, FOLDER / f"{name}-{WORLD}")
     for name in CONDITIONED if WORLD == 2 else ("flat",):
-        facts[f"{name}, conditions"] = train_conditioned(CASES[name], EDMObjective(label_dropout=0.2))
+        facts[f"{name}, conditions"] = train_conditioned(CASES[name], UNET, EDMObjective(label_dropout=0.2))
         if WORLD == 2 and name not in OTHERS:
             continue
-        facts[f"{name}, flow map"] = train_conditioned(CASES[name], MeanFlowObjective(label_dropout=0.2))
+        facts[f"{name}, flow map"] = train_conditioned(CASES[name], DIT, MeanFlowObjective(label_dropout=0.2))
         student = ConsistencyObjective(label_dropout=0.2, stage_images=BATCH, metric="squared")
-        facts[f"{name}, student"] = train_conditioned(CASES[name], student, guidance=2.0)
+        facts[f"{name}, student"] = train_conditioned(CASES[name], DIT, student, guidance=2.0)
         facts[f"{name}, autoencoder"] = train_autoencoder(CASES[name])
     for name in BEGUN if WORLD == 2 else ("flat",):
         train_from_another(name)

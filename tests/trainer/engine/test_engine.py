@@ -29,8 +29,7 @@ def trained(
         images = np.random.default_rng(0).integers(0, 256, (32, 4, 4), dtype=np.uint8)
         np.savez(folder / "p.npz", images=images, labels=np.arange(32) % classes)
         pack(str(folder / "p.npz"), str(folder / f"{classes}-classes"))
-    modules = ("scoreray.trainer.loop", "deepspeed", "peft")
-    run_ranks(RANKS, str(folder), str(free_port()), worlds=(1, 2), modules=modules)
+    run_ranks(RANKS, str(folder), str(free_port()), worlds=(1, 2))
     return folder
 
 
@@ -74,8 +73,8 @@ STEPS = {
 
 @pytest.mark.parametrize(("what", "name"), [(what, name) for what, names in STEPS.items() for name in names])
 def test_steps_of_other_modules_are_those_of_one_process(trained: Path, name: str, what: str) -> None:
-    """Of a denoiser, a flow map and a guided teacher's student with conditions of every kind, and of an autoencoder;
-    under each stage, in micro-batches, offloaded, with activations recomputed; in bf16 to its rounding."""
+    """Of a U-Net, of a flow map and a guided teacher's student that are DiTs, with conditions of every kind, and of an
+    autoencoder; under each stage, in micro-batches, offloaded, with activations recomputed; in bf16 to its rounding."""
     norms, one = facts(trained, 2)[f"{name}, {what}"], facts(trained, 1)[f"flat, {what}"]
     assert norms == pytest.approx(one, rel=0.1 if "bf16" in name else 1e-3)
     assert min(one) > 0

@@ -21,7 +21,7 @@ def facts(
 ) -> list[dict]:
     """Of both ranks: a case's name -> gradients, and the order of events in its first step."""
     folder = tmp_path_factory.mktemp("overlap")
-    run_ranks(RANKS, str(folder), str(free_port()), modules=("scoreray.trainer.config", "scoreray.trainer.engine.flat"))
+    run_ranks(RANKS, str(folder), str(free_port()))
     return [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in range(2)]
 
 
