@@ -63,7 +63,7 @@ def config(data_url: str, storage: Path, network: dict[str, Any] = DIT, **sectio
         "data": {"url": data_url, "global_batch_size": 8},
         "network": network,
         "engine": {"zero_stage": 0, "precision": "fp32"},
-        "duration": {"images": 160},
+        "duration": {"images": 112},
         "checkpoint": {"every_images": 56},
         "log": {"every_images": 16},
     }
@@ -73,14 +73,14 @@ def config(data_url: str, storage: Path, network: dict[str, Any] = DIT, **sectio
 def final(c: Config) -> Checkpoint:
     checkpoint = latest(run_store(c))
     assert checkpoint is not None
-    assert checkpoint.images_seen == 160
+    assert checkpoint.images_seen == 112
     return checkpoint
 
 
 @pytest.fixture(scope="module")
 def whole(data_url: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     c = prepare_run(config(data_url, tmp_path_factory.mktemp("whole"))).config
-    assert train(c) == 160
+    assert train(c) == 112
     return c
 
 
@@ -109,7 +109,7 @@ def test_it_goes_on_at_two_ranks(data_url: str, whole: Config, tmp_path: Path, r
     assert final(c).marker.world_size == 2
     losses = [{record.images: record.loss for record in read_metrics(run_store(one))} for one in (whole, c)]
     common = sorted(losses[0].keys() & losses[1].keys())
-    assert common[-1] == 160
+    assert common[-1] == 112
     assert [losses[0][at] for at in common[-2:]] == pytest.approx([losses[1][at] for at in common[-2:]], rel=1e-4)
 
 

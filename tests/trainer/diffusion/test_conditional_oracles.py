@@ -22,7 +22,7 @@ from scoreray.trainer.networks.unet import UNetConfig
 from scoreray.trainer.objectives.denoising import EDMObjective
 from scoreray.trainer.step import TrainingModule
 
-B, STEPS, NOISE = 256, 400, 0.25
+B, STEPS, NOISE = 256, 300, 0.25
 UNIT = Normaliser("channel", (3.0, 3.0), (2.0, 2.0))
 SPECS = {
     "place": ConditionSpec("vector", (2,), normaliser=UNIT),

@@ -153,10 +153,19 @@ def test_every_parameter_has_a_gradient_whatever_a_batch_gives(config):
         assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
 
 
-@each_network
+SHALLOW = {"unet": {"channel_mult": (1,)}, "dit": {"depth": 1}, "mmdit": {"depth": 1}, "mlp": {"num_layers": 1}}
+"""Each kind of block once: tracing takes as long for each as for the first."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    # 3 s each. A DiT without conditions is traced in tests/trainer/networks/test_network.py.
+    [UNET, pytest.param(DIT, marks=pytest.mark.slow), MMDIT, MLP],
+    ids=lambda config: config.kind,
+)
 def test_it_compiles_as_one_graph_for_a_condition_of_any_length(config):
     torch.compiler.reset()
-    network, (x, c_noise) = built(config), inputs()
+    network, (x, c_noise) = built(replace(config, **SHALLOW[config.kind])), inputs()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     for given in (condition(), condition(length=5), None):
         torch.testing.assert_close(compiled(x, c_noise, given), network(x, c_noise, given))

@@ -13,7 +13,7 @@ from torch import nn
 
 from scoreray.data.errors import UserError
 from scoreray.trainer.diffusion.layers import Attention, allow_double_backward, sinusoids
-from scoreray.trainer.networks import dit, unet
+from scoreray.trainer.networks import dit, mlp, unet
 from scoreray.trainer.networks.conditioning import TextEncoderConfig
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops
@@ -159,13 +159,15 @@ def test_compiles_as_one_graph(config):
 @pytest.mark.parametrize(
     ("block", "x"),
     [
-        (lambda: dit.DiTBlock(DIT), torch.randn(2, 6, 16)),
+        (lambda: mlp.Layer(16), torch.randn(2, 16)),
+        # 10 to 25 s, as each of their 16 kernels is compiled by itself: the same promise, and they are one graph above.
+        pytest.param(lambda: dit.DiTBlock(DIT), torch.randn(2, 6, 16), marks=pytest.mark.slow),
         pytest.param(
             lambda: unet.ResidualBlock(8, 16, 16, heads=2, resample="down"), torch.randn(2, 8, 6, 4),
-            marks=pytest.mark.slow,  # 10 s: "dit" is of the same promise, and U-Nets are one graph above
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["dit", "unet"],
+    ids=["mlp", "dit", "unet"],
 )  # fmt: skip
 def test_inductor_computes_what_eager_does(block, x):
     """Blocks stand for the networks, which compile for up to a minute (`benchmarks/sampling.py` compiles them whole).
