@@ -19,6 +19,10 @@ from scoreray.trainer.step import RunModule, build_training_module
 
 T = TypeVar("T")
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
+NOT_OF_THE_NETWORK = {"run", "data", "duration", "checkpoint", "log"}
+_counted: dict[tuple[type, str, str], Work] = {}
+"""FLOPs that were counted in this process: counting takes as long as 20 steps of a small U-Net, and a process may train
+the same network more than once."""
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -69,5 +73,8 @@ def training_work(config: Config, fields: RunFields, world_size: int, device: to
     if not isinstance(network, torch.nn.Module):
         return {}, math.inf
     rate = matmul_rate(device, resolve_precision(config.engine.precision, device))
-    shapes = fields.shapes or (tuple(fields.shape),)
-    return {shape[1:]: training_flops(network, shape) for shape in shapes}, rate * world_size
+    counted = type(network), config.model_dump_json(exclude=NOT_OF_THE_NETWORK), repr(fields)
+    if counted not in _counted:
+        shapes = fields.shapes or (tuple(fields.shape),)
+        _counted[counted] = {shape[1:]: training_flops(network, shape) for shape in shapes}
+    return _counted[counted], rate * world_size

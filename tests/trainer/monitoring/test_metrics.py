@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from scoreray.data.storage.stats import ReadStats
+from scoreray.trainer import meta
 from scoreray.trainer.checkpoints.checkpoint import MARKER, latest
 from scoreray.trainer.config import Config, load_config
+from scoreray.trainer.config.run_fields import run_fields
 from scoreray.trainer.loop import train
 from scoreray.trainer.monitoring.meter import StepMeter
 from scoreray.trainer.monitoring.metrics import (
@@ -30,6 +32,7 @@ from scoreray.trainer.monitoring.tensorboard import FOLDER as TENSORBOARD
 from scoreray.trainer.networks.dit import DiTConfig
 from scoreray.trainer.networks.flops import flops, matmul_rate, training_flops
 from scoreray.trainer.records import read_metrics
+from scoreray.trainer.run_data import open_run_data
 from scoreray.trainer.run_folder import run_store
 
 Settings = Callable[..., dict[str, Any]]
@@ -136,6 +139,24 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     assert flops(network, (3, 16, 16)) == depth * block + rest
     first = 2 * tokens * 12 * width + 2 * 256 * width  # whose inputs need no gradient
     assert training_flops(network, (3, 16, 16)) == 3 * (depth * block + rest) - first
+
+
+def test_a_network_is_counted_once_and_another_one_again(
+    small_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two runs, and of one with other layers, other frozen parts or other conditions."""
+    counted: list[int] = []
+    monkeypatch.setattr(meta, "training_flops", lambda network, shape: counted.append(0) or len(counted))
+    monkeypatch.setattr(meta, "_counted", {})
+
+    def work(name: str, *overrides: str) -> dict[Any, int]:
+        c = load_config(small_run(name, tmp_path, 16), overrides)
+        return meta.training_work(c, run_fields(c.data, open_run_data(c)), 1, torch.device("cpu"))[0]
+
+    first = work("a")
+    assert work("b", "duration.images=32") == first == {(8, 8): 1}
+    others = ("network.num_blocks=2", "optimizer.frozen=[conv_in.*]", "data.conditions={}")
+    assert [work("a", change) for change in others] == [{(8, 8): 2}, {(8, 8): 3}, {(8, 8): 4}]
 
 
 def test_the_matmul_rate_is_one_that_products_reach() -> None:
