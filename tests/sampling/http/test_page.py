@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from scoreray.sampling.model.describe import ModelInfo
 from scoreray.sampling.samplers.options import options_of
 from scoreray.sampling.samplers.sample import SAMPLERS
 from scoreray.sampling.service.access import hash_of
+from scoreray.sampling.service.batcher import StepBatcher
 from scoreray.sampling.service.config import Limits, ServeConfig
 from scoreray.trainer.config.run_fields import TargetField
 from scoreray.trainer.diffusion.condition import ConditionSpec
@@ -115,26 +117,26 @@ def test_samples_form_on_the_page(
         assert browser.errors() == []
 
 
-@pytest.mark.parametrize(("name", "size"), [("phone", PHONE), ("desktop", DESKTOP)])
-def test_many_samples_are_large_enough_to_see(
-    browser: Browser, run_url: str, served: Any, name: str, size: tuple[int, int]
-) -> None:
-    browser.size(*size)
+def test_many_samples_are_large_enough_to_see(browser: Browser, run_url: str, served: Any) -> None:
     with served(config(run_url)) as (url, _):
+        browser.size(*PHONE)
         browser.open(url)
         browser.until("!document.querySelector('#draw').disabled")
         browser.type("#count", "256")
         browser.type("#steps", "8")
         browser.click("#draw")
         browser.until("document.querySelectorAll('#samples img').length === 256")
-        sizes = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.clientWidth)")
-        assert min(sizes) >= 64, min(sizes)
-        seen = browser.run(
-            "return [...document.querySelectorAll('#strip li')].map(e => e.getBoundingClientRect())"
-            ".every(r => r.left >= 0 && r.right <= innerWidth)"
-        )
-        assert seen, "the strip from noise to image is seen as a whole"
-        keep(browser, f"{name}-many")
+        for name, size in (("phone", PHONE), ("desktop", DESKTOP)):
+            browser.size(*size)
+            browser.until(f"innerWidth === {size[0]}")
+            sizes = browser.run("return [...document.querySelectorAll('#samples img')].map(i => i.clientWidth)")
+            assert min(sizes) >= 64, (name, min(sizes))
+            seen = browser.run(
+                "return [...document.querySelectorAll('#strip li')].map(e => e.getBoundingClientRect())"
+                ".every(r => r.left >= 0 && r.right <= innerWidth)"
+            )
+            assert seen, f"{name}: the strip from noise to image is seen as a whole"
+            keep(browser, f"{name}-many")
 
 
 def test_a_limit_of_calls_chooses_how_to_draw(browser: Browser, run_url: str, served: Any) -> None:
@@ -289,7 +291,7 @@ def test_nothing_is_wider_than_the_screen_with_long_names_and_many_samples(
         assert_all_in_sight(browser, "empty")
         for count in (3, 70):
             browser.type("#count", str(count))
-            browser.type("#steps", "16")
+            browser.type("#steps", "6")
             browser.click("#draw")
             browser.until(f"document.querySelectorAll('#samples img').length === {count}")
             assert captions(browser)[:3] == [LONG + "0", "many words " * 20, "1"]
@@ -331,17 +333,27 @@ def test_a_model_of_few_steps_shows_its_own_sampler_and_calls(
 
 
 def test_another_model_chosen_meanwhile_leaves_the_pictures_their_names(
-    browser: Browser, long_names_url: str, run_url: str, served: Any
+    browser: Browser, long_names_url: str, run_url: str, served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Drawing stops half way until the model has changed."""
+    step, changed = StepBatcher.step, threading.Event()
+
+    def held(batcher: StepBatcher) -> bool:
+        if batcher.calls >= 20:
+            changed.wait(PATIENCE_S)
+        return step(batcher)
+
+    monkeypatch.setattr(StepBatcher, "step", held)
     settings = replace(config(run_url), models=(("small", run_url), ("long", long_names_url)))
     with served(settings) as (url, _):
         open_page(browser, url)
         browser.type("#count", "3")
-        browser.type("#steps", "900")  # the model changes meanwhile, on a browser as slow as it may be
+        browser.type("#steps", "20")
         browser.click("#draw")
         browser.until("document.querySelectorAll('#strip li').length >= 1")
         choose(browser, "#model", "long")
         assert browser.run("return document.querySelector('#samples') === null"), "it is drawn while the model changes"
+        changed.set()
         browser.until("document.querySelectorAll('#samples img').length === 3")
         own = ["class-0", "class-1", "class-2"]
         assert captions(browser) == own
