@@ -13,7 +13,7 @@ from scoreray.sampling.samplers.sigmas import from_process, geometric, karras
 from scoreray.trainer.diffusion.process import VP, SubVP
 from scoreray.trainer.networks.ladder import step_size, variance_ratio
 
-COUNT = 4000
+COUNT = 2000
 
 
 def run(denoiser, name, sigmas, *, count=COUNT, dims=2, first_seed=0, **options):
