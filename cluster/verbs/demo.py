@@ -121,7 +121,7 @@ def run_demo(
         trained = train_to_end(prepared, verbose=verbose, then=effort.calls() / FORWARD)
         finding = _found(trained, prepared, held_out_url, effort, out)
         _stage("page", f"write {out / PAGE}")
-        steps = next_steps(out, trained.run, data_url, held_out_url)
+        steps = next_steps(out, trained.run, data_url, held_out_url, minutes=config.duration.minutes or MINUTES)
         (out / "config.yaml").write_text(dump_config(prepared.config))
         (out / PAGE).write_text(page(prepared.config, trained, finding, steps))
     return DemoResult(out, trained, time.monotonic() - started, finding, steps)
@@ -175,8 +175,8 @@ def introduce(config: Config) -> None:
     )
 
 
-def next_steps(out: Path, run: str, data_url: str, held_out_url: str) -> list[NextStep]:
-    """What to try next: commands that work as they are, in any folder."""
+def next_steps(out: Path, run: str, data_url: str, held_out_url: str, *, minutes: float) -> list[NextStep]:
+    """What to try next: commands that work as they are, in any folder. minutes: for how long the demo trained."""
     command = typed_command()
     local = f"{command} --local-s3 {_quoted(out / 's3')}" if data_url.startswith("s3:") else command
     run, data, held_out = map(shlex.quote, (run, data_url, held_out_url))
@@ -188,7 +188,7 @@ def next_steps(out: Path, run: str, data_url: str, held_out_url: str) -> list[Ne
         NextStep("how good it is by other measures, with a page of its own",
                  f"{local} evaluate {run} --reference {held_out} --metrics fid,kid,pr --count 500"),
         NextStep("what is stored of the run", f"{local} status {run}"),
-        NextStep("five times as long, for better pictures", f"{command} demo --minutes 20 --out {_quoted(out)}"),
+        NextStep("five times as long, for better pictures", f"{command} demo --minutes {5 * minutes:g} --out {_quoted(out)}"),
         NextStep("pictures on request, by HTTP and on a page of its own; Ctrl-C ends it", f"{local} serve {run}"),
     ]  # fmt: skip
 

@@ -113,7 +113,9 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[de
     finding = Measured(5000, Fid(2.5, 0.125, 0.3, 100), Copies(0.0, 0.01, 1500.0, 1400.0, pictures.numpy()), pictures,
                       [pictures, pictures])  # fmt: skip
     trained = TrainResult("s3://b/runs/<i>", "s3://b/runs/<i>/c", 5000, 0.5, 60.0, [], [record(5000, 100)])
-    steps = demo.next_steps(tmp_path / "a b", "s3://b/runs/demo", "s3://b/data/x", "s3://b/data/x-held-out")
+    steps = demo.next_steps(
+        tmp_path / "a b", "s3://b/runs/demo", "s3://b/data/x", "s3://b/data/x-held-out", minutes=0.5
+    )
     return page(demo.demo_config(), trained, finding, steps), steps
 
 
@@ -137,6 +139,8 @@ def test_each_command_is_one_that_scoreray_takes(shown: tuple[str, list[demo.Nex
         parsed(typer.main.get_command(app), words[2:] if words[0] == "--local-s3" else words)
         given = [words[i + 1] for i, word in enumerate(words) if word in ("--out", "--picture", "--local-s3")]
         assert all(Path(one).is_relative_to(tmp_path / "a b") for one in given)
+        if "five times" in step.what:
+            assert words[words.index("--minutes") + 1] == "2.5"
 
 
 def test_the_demo_and_then_again(tmp_path: Path) -> None:
