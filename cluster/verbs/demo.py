@@ -188,7 +188,8 @@ def next_steps(out: Path, run: str, data_url: str, held_out_url: str, *, minutes
         NextStep("how good it is by other measures, with a page of its own",
                  f"{local} evaluate {run} --reference {held_out} --metrics fid,kid,pr --count 500"),
         NextStep("what is stored of the run", f"{local} status {run}"),
-        NextStep("five times as long, for better pictures", f"{command} demo --minutes {5 * minutes:g} --out {_quoted(out)}"),
+        NextStep("five times as long, for better pictures",
+                 f"{command} demo --minutes {5 * minutes:g} --out {_quoted(out)}"),
         NextStep("pictures on request, by HTTP and on a page of its own; Ctrl-C ends it", f"{local} serve {run}"),
     ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from scoreray.data.threads import map_in_threads
 from scoreray.data.units import readable_bytes
 from scoreray.sampling.evaluation.follow import METRICS as EVALUATED
 from scoreray.sampling.offline.place import RECORD
-from scoreray.trainer.checkpoints.checkpoint import FOLDER, OWNER, committed_of
+from scoreray.trainer.checkpoints.checkpoint import FOLDER, OWNER, committed_of, open_checkpoint
 from scoreray.trainer.checkpoints.exported import MODEL_JSON, ModelManifest
 from scoreray.trainer.config import parse_sections
 from scoreray.trainer.records import METRICS
@@ -167,14 +167,22 @@ def _has_companions(kind: Kind, keys: Sequence[str]) -> bool:
 def _run(run: Store, keys: Sequence[str]) -> Facts:
     config = parse_sections(run.get(CONFIG_FILE), run.url(CONFIG_FILE))
     about, duration = config.get("run"), config.get("duration")
-    total = duration.get("images") if isinstance(duration, dict) else None
-    if not isinstance(about, dict) or not isinstance(about.get("name"), str) or not isinstance(total, int):
+    total = _images_of(duration)
+    is_length = total is not None or (isinstance(duration, dict) and _is_number(duration.get("minutes")))
+    if not isinstance(about, dict) or not isinstance(about.get("name"), str) or not is_length:
         raise DataError(f"{run.url(CONFIG_FILE)}: not the config of a run")
     if about["name"] != run.root.rpartition("/")[2] and not _has_companions("run", keys):
         raise DataError(f"{run.url(CONFIG_FILE)}: the config of a run that is elsewhere")
     folders = committed_of(key for key in keys if key.startswith(f"{FOLDER}/"))
     seen = max((int(found[0]) for folder in folders if (found := re.search(r"\d{12,18}", folder))), default=0)
-    return Facts(seen, total, _metrics_of_run(run, keys, seen), seen >= total)
+    if total is None and folders:  # minutes, of which the first commit made a number of images
+        total = _images_of(open_checkpoint(run, folders[-1]).marker.config.get("duration"))
+    return Facts(seen, total, _metrics_of_run(run, keys, seen), total is not None and seen >= total)
+
+
+def _images_of(duration: Any) -> int | None:
+    images = duration.get("images") if isinstance(duration, dict) else None
+    return images if isinstance(images, int) else None
 
 
 def _metrics_of_run(run: Store, keys: Sequence[str], seen: int) -> dict[str, float]:
@@ -251,11 +259,11 @@ def _loaded(data: bytes, url: str) -> dict[str, Any]:
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Those that are finite numbers, without what they are made of: errors, counts, versions."""
     found = {name: value.get("value") if isinstance(value, dict) else value for name, value in values.items()}
-    return {
-        name: float(value)
-        for name, value in found.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    return {name: float(value) for name, value in found.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _stored(store: Store, place: str, kind: Kind, about: Facts, objects: Sequence[StoredObject], now: float) -> Stored:

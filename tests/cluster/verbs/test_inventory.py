@@ -110,6 +110,21 @@ def test_what_is_there_is_found_with_its_state_and_size(
     assert len(lines) == 1 + len(EXPECTED)
 
 
+def test_a_run_of_minutes_is_done_at_the_images_that_they_became(
+    scene: Callable[[str], dict[str, Stored]], tmp_path: Path
+) -> None:
+    scene(str(tmp_path))
+    for name in ("whole", "begun"):
+        file = tmp_path / "runs" / name / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump({**config, "duration": {"images": None, "minutes": 0.5}}))
+    whole, begun = of_place(f"{tmp_path}/runs/whole"), of_place(f"{tmp_path}/runs/begun")
+    assert whole is not None
+    assert (whole.state, whole.images, whole.total) == ("done", IMAGES, IMAGES)
+    assert begun is not None
+    assert (begun.state, begun.images, begun.total) == ("under way", 0, None)
+
+
 FOREIGN = (b"", b"{}", b"[1]", b"null", b"\xff\xfe", b"run: 3", b"- a", b'{"version": 2}', b"{" * 5000, b"a: *b",
            b'{"request": 7}', b'{"request": {"count": 7}}', b'{"study": 1, "trials": 2, "metric": {}}',
            os.urandom(300))  # fmt: skip
