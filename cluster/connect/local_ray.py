@@ -156,7 +156,8 @@ def _embedded(num_cpus: int, verbose: bool, object_store_bytes: int = OBJECT_STO
                 yield ""
         finally:
             os.environ.pop(SCRATCH, None)
-            ray.shutdown()
+            with waiting("stopping Ray"):  # seconds, on a busy machine
+                ray.shutdown()
 
 
 @contextlib.contextmanager

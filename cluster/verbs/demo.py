@@ -211,15 +211,15 @@ def _packed(url: str) -> tuple[str, str]:
 
 def _found(trained: TrainResult, prepared: PreparedRun, held_out_url: str, effort: Effort, out: Path) -> Measured:
     """Draws samples, measures them, and leaves their pictures in `out`."""
-    from scoreray.cluster.verbs.demo_measures import copies_of, drawn, fid_of
-    from scoreray.sampling.offline.generate import png_of_sheet
-
     left = _left(trained.records, effort.calls(), "with what comes after")
     _stage("draw", f"{NUM_SAMPLES} pictures, each from noise of its own{left}")
-    with bar("draw", STEPS, "steps", "loading the model, and its first step") as done:
+    with bar("draw", STEPS, "steps", "loading the model, and its first step") as done:  # imports take seconds too
+        from scoreray.cluster.verbs.demo_measures import copies_of, drawn, fid_of
+        from scoreray.sampling.offline.generate import png_of_sheet
+
         samples, frames = drawn(trained.checkpoint, NUM_SAMPLES, STEPS, GUIDANCE, done)
-    (out / "samples.png").write_bytes(png_of_sheet(samples))
-    (out / "samples.webp").write_bytes(moving_picture(frames))
+        (out / "samples.png").write_bytes(png_of_sheet(samples))
+        (out / "samples.webp").write_bytes(moving_picture(frames))
     left = _left(trained.records, 2 * effort.samples * 8 + effort.classifier_images // 2)
     _stage("measure", f"{effort.samples:,} more pictures against {HELD_OUT:,} that it has never seen{left}")
     fid = fid_of(trained.checkpoint, held_out_url, effort.samples, effort.classifier_images, GUIDANCE, bar)
