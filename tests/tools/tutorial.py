@@ -163,7 +163,7 @@ class Session:
         for command in block.commands:
             text = self._as_tested(command.text, block)
             if "background" in block.marks:
-                printed, status = self._start(text, command.printed), 0
+                printed, status = self._start(text, command.printed, timeout_s), 0
             else:
                 printed, status = self._wait(text, timeout_s)
             assert status == block.status, f"$ {text}\n{printed}\nended with {status}, not {block.status}"
@@ -192,8 +192,8 @@ class Session:
                 return printed, int(status)
         raise AssertionError(f"$ {text}\n{printed}\nbash ended, or {timeout_s:.0f} s were over")
 
-    def _start(self, text: str, expected: tuple[str, ...]) -> str:
-        """Starts a command that goes on, and waits until it has printed what is expected."""
+    def _start(self, text: str, expected: tuple[str, ...], timeout_s: float) -> str:
+        """Starts a command that goes on, and waits until it has printed what is expected, for `timeout_s` at most."""
         log, variables = Path(self._ray.name, f"printed-{len(self._behind)}"), Path(self._ray.name, "environment")
         self._wait(f"env -0 > {variables}", PATIENCE_S)  # with what the page has exported so far
         exported = dict(one.split("=", 1) for one in variables.read_text().split("\0") if one)
@@ -203,7 +203,7 @@ class Session:
             )
         self._behind.append((process, log))
         waiting = threading.Event()
-        for _ in range(int(PATIENCE_S / 0.2)):
+        for _ in range(int(timeout_s / 0.2)):
             if differs(log.read_text(), expected) is None or process.poll() is not None:
                 break
             waiting.wait(0.2)
