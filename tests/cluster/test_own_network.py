@@ -89,7 +89,7 @@ def test_the_whole_line_without_a_change_to_ours(
 
     base = [f"base.{word}" for word in (f"data.url={data}", "duration.images=32", *SMALL) if "width" not in word]
     study = f"study.storage={tmp_path / 'studies'}"
-    done("tune", str(EXAMPLE / "sweep.yaml"), study, f"metric.reference={data}", *base)
+    done("tune", str(EXAMPLE / "sweep.yaml"), study, f"metric.reference={data}", "resources.concurrent=1", *base)
     best = (tmp_path / "studies" / "widths" / "best.yaml").read_text()
     assert "ringnet.network:RingNet" in best
 

@@ -13,7 +13,7 @@ from scoreray.data.own_code import code_hash, gate, part
 def own_code_forgotten(also: Sequence[str] = ()) -> Iterator[None]:
     """Within it nothing is brought but what is brought there, and after it that is not either, nor are the packages
     `also`."""
-    names, paths, meta_path = dict(gate._names), dict(gate._paths), list(sys.meta_path)
+    names, paths, finders = dict(gate._names), dict(gate._paths), list(sys.meta_path)
     # A module that is written twice within a second, at one length, would be taken from what was compiled of the first.
     write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     _forget(also)
@@ -22,7 +22,8 @@ def own_code_forgotten(also: Sequence[str] = ()) -> Iterator[None]:
     finally:
         gate._names.clear()
         gate._names.update(names)
-        sys.meta_path[:] = meta_path
+        # Only ours: a package that was first imported meanwhile may have put its own in the place of Python's.
+        sys.meta_path[:] = [one for one in sys.meta_path if one in finders or not isinstance(one, gate._PathsFinder)]
         sys.dont_write_bytecode = write_bytecode
         _forget(also)
         gate._paths.update(paths)

@@ -127,7 +127,7 @@ def test_batch_size_and_actors_do_not_change_a_byte(
     assert contents(str(tmp_path / "by5")) == expected
     reported: list[tuple[int, int]] = []
     with new_listeners() as listeners:
-        draw(f"{s3_url}/samples", run_url, mapper=on_actors(3, lambda done, total: reported.append((done, total))))
+        draw(f"{s3_url}/samples", run_url, mapper=on_actors(2, lambda done, total: reported.append((done, total))))
     listeners.check()
     assert contents(f"{s3_url}/samples") == expected
     assert reported[-1] == (150, 150)

@@ -30,7 +30,7 @@ from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store, stored_config
 
-BATCH, TOTAL = 32, 3200
+BATCH, TOTAL = 64, 3200
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def settings(data_url: str, name: str, **changes: Any) -> dict[str, Any]:
         "scaling": {"workers": 2},
         "duration": {"images": TOTAL},
         "checkpoint": {"every_images": 320, "keep": 2},
-        "log": {"every_images": 160},
+        "log": {"every_images": 320},
         **changes,
     }
 
@@ -100,7 +100,7 @@ def training_workers(root: psutil.Process) -> list[psutil.Process]:
 def test_a_run_commits_and_keeps_the_newest_checkpoints(uninterrupted: Any, data_url: str) -> None:
     run = run_store(load_config(settings(data_url, "uninterrupted")))
     assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [2880, 3200]
-    assert [images for images, _ in uninterrupted[1]] == [160 * i for i in range(1, 21)]
+    assert [images for images, _ in uninterrupted[1]] == [320 * i for i in range(1, 11)]
     assert stored_config(run) == load_config(settings(data_url, "uninterrupted"))
 
 
@@ -222,7 +222,7 @@ def test_another_config_is_refused_by_key(uninterrupted: Any, data_url: str) -> 
 
 def test_what_does_not_change_the_result_may_change(uninterrupted: Any, data_url: str) -> None:
     same = load_config(
-        settings(data_url, "uninterrupted"), ["scaling.workers=1", "engine.zero_stage=0", "log.every_images=320"]
+        settings(data_url, "uninterrupted"), ["scaling.workers=1", "engine.zero_stage=0", "log.every_images=640"]
     )
     assert prepare_run(same).config == same
 
@@ -237,7 +237,7 @@ def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: st
         if key.endswith(".tar"):
             data[560] ^= 0xFF
         copy.put(key, bytes(data))
-    config = prepare_run(load_config(settings(copy.url(), "damaged"))).config
+    config = prepare_run(load_config(settings(copy.url(), "damaged", scaling={"workers": 1}))).config
     with pytest.raises(DataError, match=r"\.tar"):
         fit(config)
 
