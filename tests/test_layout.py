@@ -90,6 +90,11 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imported(tree: ast.AST) -> set[str]:
     """Every name that is imported anywhere in a module, also inside functions and under TYPE_CHECKING."""
     found = set()
@@ -107,7 +112,7 @@ def imports() -> dict[str, set[str]]:
     """Module -> the modules of ours that it imports; the short paths, which only re-export, left out."""
     known, graph = modules(), {}
     for module in set(known) - set(SHORT_PATHS):
-        names = imported(ast.parse(known[module].read_text()))
+        names = imported(parsed(known[module]))
         assert not any(name.split(".")[0] in FOLDERS for name in names), f"{module}: import scoreray.<folder> instead"
         ours = {name.removeprefix("scoreray.") for name in names if name.startswith("scoreray.")} & set(known)
         packages = {name for name in ours if known[name].name == "__init__.py"}
@@ -142,13 +147,13 @@ def private_names(tree: ast.AST) -> set[str]:
             r"(ray|deepspeed|torch|typer|click)(\.\w+)+", str(node.value)
         ):
             found.add(str(node.value))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
             found |= {ast.literal_eval(one) for one in node.args[1:2] if isinstance(one, ast.Constant)}
     return {name for name in found if re.search(r"(^|\.)_[A-Za-z]", name)}
 
 
 def test_private_names_of_other_packages_are_in_guarded_modules() -> None:
-    found = {module: private_names(ast.parse(file.read_text())) for module, file in modules().items()}
+    found = {module: private_names(parsed(file)) for module, file in modules().items()}
     assert {module: names for module, names in found.items() if names} == PRIVATE_NAMES
 
 

@@ -334,11 +334,15 @@ def test_what_a_weighting_learns_is_an_ordinary_parameter_or_buffer():
 
 
 @pytest.mark.parametrize(
-    "objective",
-    [EDMObjective(), EDMObjective(Learned()), DenoisingObjective(LikelihoodWeighting(), label_dropout=0.3)],
-    ids=lambda o: o.weighting.kind,
+    ("objective", "conditions"),
+    [
+        (EDMObjective(), None),
+        (EDMObjective(), EVERY_KIND),
+        (EDMObjective(Learned()), None),
+        (DenoisingObjective(LikelihoodWeighting(), label_dropout=0.3), EVERY_KIND),
+    ],
+    ids=["edm, classes", "edm, every kind", "learned, classes", "likelihood, every kind"],
 )
-@pytest.mark.parametrize("conditions", [None, EVERY_KIND], ids=["classes", "every kind"])
 def test_a_step_compiles_into_one_graph(objective, conditions):
     torch._dynamo.reset()
     given = every_kind(B) if conditions else LABELS
