@@ -13,14 +13,14 @@ from scoreray.data.errors import UserError
 from scoreray.trainer.config import Config
 from scoreray.trainer.config.run_fields import RunFields
 from scoreray.trainer.engine import resolve_precision
-from scoreray.trainer.monitoring.meter import Work
+from scoreray.trainer.monitoring.meter import Grid, Work
 from scoreray.trainer.networks.flops import matmul_rate, training_flops
 from scoreray.trainer.step import RunModule, build_training_module
 
 T = TypeVar("T")
 DRAWS = {torch.Tensor.normal_, torch.Tensor.uniform_}
 NOT_OF_THE_NETWORK = {"run", "data", "duration", "checkpoint", "log"}
-_counted: dict[tuple[type, str, str], Work] = {}
+_counted: dict[tuple[type, str, str], dict[Grid, int]] = {}
 """FLOPs that were counted in this process: counting takes as long as 20 steps of a small U-Net, and a process may train
 the same network more than once."""
 
