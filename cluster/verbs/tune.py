@@ -72,7 +72,8 @@ def tune_to_end(plan: StudyPlan, *, verbose: bool = False) -> TuneResult:
             _wait_for_a_trial(plan)
         room = _room()
         check_room(plan, room)
-        check_plugins(plan)
+        with waiting("loading the searcher and the scheduler"):  # ray.tune and pandas: seconds, on a busy machine
+            check_plugins(plan)
         with TrialTable(plan) as table:
             study = Study(plan, room, table.note, table)
             if study.trials:
