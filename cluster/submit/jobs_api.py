@@ -128,8 +128,13 @@ class JobsClient:
                     self._call(submit)
                     return
                 except Unreachable as error:
-                    if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    if NO_AGENT not in str(error):
                         raise
+                    if time.monotonic() > deadline:
+                        raise Unreachable(
+                            f"{self.address}: no node has a job agent after {AGENT_WAIT_S:.0f} s; beside another Ray "
+                            "of a machine give ray start a --dashboard-agent-listen-port that is free"
+                        ) from None
                 except UserError as error:
                     if said and "already exists" in str(error):
                         return  # it was taken: Ray says that there is no agent where one took too long, too

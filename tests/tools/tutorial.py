@@ -37,7 +37,7 @@ from pathlib import Path
 
 from waiting import PATIENCE_S
 
-PORTS = ("8000", "8265", "6379", "9000")
+PORTS = ("8000", "8265", "6379", "9000", "52365")
 END = "tutorial-command-ended"
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?[kMG]?")
 FENCE = re.compile(
