@@ -63,9 +63,9 @@ def processes(root: psutil.Process, name: str) -> list[psutil.Process]:
 
 def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
     """SIGKILL to Ray Train's controller: the driver starts another, its workers are new ones, and one line
-    says so. They take all of the cluster, so what the dead one held has been given back. The losses are those of one
+    says so. They take all that is free, so what the dead one held has been given back. The losses are those of one
     process without Ray."""
-    scaling = {"workers": 2, "cpus_per_worker": 2}
+    scaling = {"workers": 2, "cpus_per_worker": free_cpus() / 2}
     config = prepare_run(load_config(settings(data_url, tmp_path, "killed", scaling=scaling))).config
     orphans: list[psutil.Process] = []
     notes: list[str] = []
@@ -86,6 +86,20 @@ def test_a_killed_controller_is_replaced(ray_cluster: None, data_url: str, tmp_p
     pairs = zip(read_metrics(run_store(config)), read_metrics(run_store(alone)), strict=True)
     assert all(one.loss == pytest.approx(other.loss, rel=1e-5) for one, other in pairs)
     assert held() == []
+
+
+def free_cpus() -> float:
+    """Of the session's cluster, once nothing of earlier tests ends any more. Fewer than it has where Ray has lost a
+    core of a worker that a test killed (seen once: by the raylet's own state no lease, bundle or process held it)."""
+    import ray
+
+    deadline = time.monotonic() + 10
+    while (free := ray.available_resources().get("CPU", 0.0)) < ray.cluster_resources()["CPU"]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert free >= 2
+    return free
 
 
 def held() -> list[dict[str, Any]]:
