@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from scoreray.cluster.connect.folder import RAYS_OWN, private_folder
-from scoreray.cluster.connect.start import SHORT_LOOKS, START_S, DaemonEnded, load_line, patience, start_wait_s
+from scoreray.cluster.connect.start import (
+    SHORT_LOOKS,
+    START_S,
+    DaemonEnded,
+    load_line,
+    not_started,
+    patience,
+    start_wait_s,
+)
 from scoreray.cluster.connect.watch import watched
 from scoreray.cluster.display import say, waiting
 from scoreray.cluster.hooks import PRINTED_LINES, replaced
@@ -185,10 +193,7 @@ def _started(num_cpus: int, object_store_bytes: int, verbose: bool, wait_s: int)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             kind = _TooSlow if "timed out" in reason.lower() else MachineError
             kind = _GaveUp if isinstance(error, DaemonEnded) else kind
-            raise kind(
-                f"Ray could not be started on this machine ({_state(folder)}): {reason}; "
-                "see docs/faq.md#ray-doesnt-start"
-            ) from error
+            raise kind(not_started(_state(folder), reason)) from error
         yield folder
 
 

@@ -56,6 +56,11 @@ def load_line() -> str:
     return f"load {os.getloadavg()[0]:.0f} on {len(os.sched_getaffinity(0))} cores"
 
 
+def not_started(state: str, reason: str) -> str:
+    """The line with which a command ends."""
+    return f"Ray could not be started on this machine ({state}): {reason}; see docs/faq.md#ray-doesnt-start"
+
+
 @contextlib.contextmanager
 def patience(wait_s: int) -> Iterator[threading.Timer]:
     """While the block starts Ray, its daemons have `wait_s`, with a line where that is used on a busy machine.
@@ -128,7 +133,7 @@ def guard(daemons: Daemons, over: threading.Event) -> None:
         name = daemons.ended()
         looks = looks + 1 if name else 0
         if looks > SEEN_BEFORE and not over.is_set():
-            end(f"Ray could not be started on this machine ({load_line()}): its {name} has ended")
+            end(not_started(load_line(), f"its {name} has ended"))
 
 
 def _patiently(
