@@ -27,6 +27,9 @@ from unittest import mock
 # take the cores from the tests beside it (small trainings then took 5 to 30 times their CPU time).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job: tests that interrupt would hang
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import numpy as np
 import psutil
 import pytest

@@ -197,7 +197,7 @@ def ready(root: psutil.Process) -> set[int]:
 def test_after_a_death_workers_start_in_processes_that_stood_by(
     data_url: str, tmp_path: Path, start_train: Any
 ) -> None:
-    """On an embedded Ray of its own: how many idle processes a raylet keeps depends on all that it has run before."""
+    """On an embedded Ray of its own, as those that wait are of one run alone."""
     file = tmp_path / "config.yaml"
     changes = {"scaling": {"workers": 2, "standby_after_s": 0}, "duration": {"images": 10_000_000}}
     file.write_text(yaml.safe_dump(settings(data_url, tmp_path, "standby", **changes)))
