@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from waiting import PATIENCE_S, wait_until
+from waiting import PATIENCE_S
 
 from scoreray.data.packing.pack import pack
 from scoreray.trainer.checkpoints.checkpoint import committed, latest
@@ -195,41 +195,27 @@ def ready(root: psutil.Process) -> set[int]:
 
 
 def test_after_a_death_workers_start_in_processes_that_stood_by(
-    data_url: str, tmp_path: Path, start_train: Any
+    ray_cluster: None, data_url: str, tmp_path: Path
 ) -> None:
-    """On an embedded Ray of its own, as those that wait are of one run alone."""
-    file = tmp_path / "config.yaml"
-    changes = {"scaling": {"workers": 2, "standby_after_s": 0}, "duration": {"images": 10_000_000}}
-    file.write_text(yaml.safe_dump(settings(data_url, tmp_path, "standby", **changes)))
-    driver = start_train(file)
-    root = psutil.Process(driver.process.pid)
-    seen: list[set[int]] = []
+    changes = {"scaling": {"workers": 2, "standby_after_s": 0}, "duration": {"images": 1_000_000}}
+    config = prepare_run(load_config(settings(data_url, tmp_path, "standby", **changes))).config
     stood_by: set[int] = set()
+    seen: list[set[int]] = []
 
-    def workers() -> set[int]:
-        assert driver.process.poll() is None
-        return {worker.pid for worker in processes(root, "RayTrainWorker")}
+    def meddle(progress: Any) -> None:
+        family = psutil.Process()
+        workers = processes(family, "RayTrainWorker")
+        if not stood_by and progress.committed and len(workers) == 2 and len(found := ready(family)) >= 2:
+            stood_by.update(found)
+            seen.append({worker.pid for worker in workers})
+            workers[-1].kill()
+        elif len(seen) == 1 and len(workers) == 2 and seen[0].isdisjoint(worker.pid for worker in workers):
+            seen.append({worker.pid for worker in workers})
+            signal.raise_signal(signal.SIGINT)
 
-    def stand_by() -> bool:
-        stood_by.update(ready(root))
-        return len(stood_by) >= 2 and len(workers()) == 2 and latest(run_store(load_config(file))) is not None
-
-    def are_new() -> bool:
-        seen.append(workers())
-        return len(seen[-1]) == 2 and seen[-1].isdisjoint(seen[0])
-
-    try:
-        driver.wait_for(r"train [\d,]+/")
-        wait_until(stand_by, "processes that stand by, and a checkpoint")
-        seen.append(workers())
-        stood_by = ready(root)
-        psutil.Process(max(seen[0])).kill()
-        wait_until(are_new, "workers of a new start")
-        driver.process.send_signal(signal.SIGINT)
-    finally:
-        status = driver.end()
-    assert status == 130
-    assert seen[-1] <= stood_by
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, meddle)
+    assert seen[1] <= stood_by
 
 
 def test_a_second_ctrl_c_ends_at_once(data_url: str, tmp_path: Path, start_train: Any) -> None:
