@@ -15,7 +15,7 @@ class ReadStats:
     bytes_read: int = 0
     num_requests: int = 0
     num_retries: int = 0  # requests repeated because the store was busy, out of reach or cut the answer off
-    num_hedges: int = 0  # second requests, made because the first answer was slow
+    num_hedges: int = 0  # further requests, made because the answer was slow
     num_rereads: int = 0  # requests repeated because the bytes were not those of the index
     cache_hits: int = 0  # pieces found in `data.cache_dir`
     cache_misses: int = 0  # pieces fetched into it

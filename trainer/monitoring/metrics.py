@@ -164,7 +164,7 @@ CATALOGUE: dict[Metric, Callable[[RunStatus], Value]] = {
         _progress(lambda p: p.data_stall),
     Metric("scoreray_data_retries", "requests", "Reads of data repeated as the store was busy or away; of this start"):
         _progress(lambda p: p.reads.num_retries),
-    Metric("scoreray_data_hedged", "requests", "Reads of data sent twice as the first was slow; of this start"):
+    Metric("scoreray_data_hedged", "requests", "Requests for data made again as the answer was slow; of this start"):
         _progress(lambda p: p.reads.num_hedges),
     Metric("scoreray_data_rereads", "requests", "Reads of data repeated as the bytes were wrong; of this start"):
         _progress(lambda p: p.reads.num_rereads),

@@ -21,7 +21,6 @@ import obstore
 import pytest
 import torch
 from obstore.store import S3Store
-from waiting import PATIENCE_S
 
 import scoreray.data.storage.hedge as hedge
 import scoreray.data.storage.s3 as store_s3
@@ -166,7 +165,7 @@ FAULTS = ("unavailable", "slow down", "reset", "slow", "cut", "short", "flip", "
 def test_with_a_fault_at_a_tenth_of_the_requests_the_batches_are_the_same(
     kind: str, packed: tuple[str, Manifest], s3_url: str, through_proxy: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every tenth request: 0 wrong bytes accepted, 0 samples lost, and the consumer does not hang."""
+    """Every tenth request: 0 wrong bytes accepted, 0 samples lost, and the consumer waits for seconds at most."""
     monkeypatch.setattr(hedge, "LEAST_S", 0.3)
     expected = read(packed[0], 21)  # an epoch
     numbers = itertools.count(1)
@@ -175,7 +174,7 @@ def test_with_a_fault_at_a_tenth_of_the_requests_the_batches_are_the_same(
         found = list(itertools.islice(stream, 21))
     assert same(expected, found)
     assert proxy.done[kind] >= 4, proxy.done
-    assert stream.stats.stall_s < PATIENCE_S  # it does not hang; how long it takes is the machine's
+    assert stream.stats.stall_s < 60
     if kind in ("short", "flip", "missing"):
         assert stream.stats.num_rereads > 0
     if kind == "slow":
@@ -223,7 +222,7 @@ def test_a_name_that_resolves_at_times_only_loses_nothing(
     assert same(read(packed[0], 21), found)
     assert len(failed) > 5
     assert stream.stats.num_retries >= len(failed)
-    assert stream.stats.stall_s < PATIENCE_S  # it does not hang; how long it takes is the machine's
+    assert stream.stats.stall_s < 60
 
 
 def test_credentials_that_are_rotated_are_found(
@@ -253,7 +252,7 @@ def test_credentials_that_are_rotated_are_found(
         found = list(itertools.islice(stream, 21))
     assert same(read(packed[0], 21), found)
     assert proxy.done["expired 400"] > 0
-    assert stream.stats.stall_s < PATIENCE_S  # it does not hang; how long it takes is the machine's
+    assert stream.stats.stall_s < 60
 
 
 def in_shards(kind: str) -> Callable[[bytes], str]:

@@ -1,4 +1,4 @@
-"""A second request for a straggler: the first good answer counts, and most requests are not asked twice."""
+"""Further requests for a straggler: the first good answer counts, and most requests are not asked twice."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ def test_a_straggler_is_overtaken_by_a_second_request() -> None:
     assert stats.num_hedges == 1
 
 
+def test_two_stragglers_are_overtaken_by_a_third_request_and_no_more_than_four_are_made() -> None:
+    stats = ReadStats()
+    server = Server("slow", "slow", "quick")
+    server.slow_s = PATIENCE_S
+    get, started = HedgedGet(server, stats), time.monotonic()
+    assert get("key", 0, 6) == b"answer"
+    assert time.monotonic() - started < PATIENCE_S / 2
+    server.released.set()
+    assert stats.num_hedges == 2
+
+    server = Server("slow")
+    server.slow_s = 4.0  # the fourth begins after 7 waits, 1.4 s
+    assert HedgedGet(server, ReadStats())("key", 0, 6) == b"answer"
+    assert server.calls == module.MOST_REQUESTS
+
+
 def test_quick_answers_and_quick_failures_are_asked_once() -> None:
     server = Server("quick")
     stats = ReadStats()
@@ -74,6 +90,32 @@ def test_a_store_that_is_slow_as_a_whole_is_not_asked_everything_twice(monkeypat
     for _ in range(2):
         get("key", 0, 6)
     assert server.calls == 2
+
+
+def test_a_request_that_waits_for_a_thread_ends_when_its_reader_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "THREADS", 1)
+    server = Server("slow")
+    server.slow_s = PATIENCE_S
+    get = HedgedGet(server, ReadStats())
+    errors: list[StorageError] = []
+
+    def read() -> None:
+        try:
+            get("key", 0, 6)
+        except StorageError as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    time.sleep(0.2)
+    get.close()
+    while sum(reader.is_alive() for reader in readers) > 1:
+        time.sleep(0.01)
+    server.released.set()
+    for reader in readers:
+        reader.join()
+    assert ["reader was closed" in str(error) for error in errors] == [True]
 
 
 def test_no_second_request_after_close() -> None:
