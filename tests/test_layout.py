@@ -65,7 +65,6 @@ PRIVATE_NAMES = {
     },
     "cluster.connect.local_ray": {"_node_ip_address", "_temp_dir"},  # of ray.init, whose docstring describes them
     "data.storage.s3": {"_raw_stream"},  # botocore's StreamingBody has no deadline of its own
-    "trainer.diffusion.noise": {"_dynamo_marked_constant"},  # what a decorator sets that imports the compiler
     "trainer.on_ray.hooks": {
         "_create_default_callbacks", "_initialize_and_run_controller", "_maybe_send_resource_request",
         "ray._private.grpc_utils", "ray._private.grpc_utils.init_grpc_channel", "ray._private.utils",

@@ -81,7 +81,7 @@ def normal(
     Each half of a 64-bit hash is a signed number of 32 bits, of which the inverse of the normal distribution is taken.
     It is a line on each of 7,936 segments, 256 to an octave of the tail's probability: off by 7e-7 at most, rounding
     included, and 6.23 sigma is the largest number. All dtypes get the same numbers: float32's, or a rounding of them.
-    Compiled code gets the same bits (Inductor may skip the rounding to bfloat16 of what it goes on computing with).
+    Compiled code gets the same bits.
     """
     return normals(seed, positions, shape, streams=[stream], dtype=dtype, device=device)[0]
 
@@ -97,16 +97,33 @@ def normals(
 ) -> Tensor:
     """What `normal` gives for each of `streams`, [len(streams), B, *shape]: sooner than one after another."""
     positions, count = _on(positions, device), math.prod(shape)
+    draw = torch.ops.scoreray.keyed_normals if torch.compiler.is_compiling() else _normals
+    values = draw(_signed(seed), positions, count, list(streams))
+    return values.to(dtype).reshape(len(streams), len(positions), *shape)
+
+
+def _normals(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
+    """[S B, count] float32."""
     num_hashes = (count + 1) // 2
-    if torch.compiler.is_compiling():
-        hashed = _hash(seed, positions, num_hashes, streams)
-        halves = torch.stack([hashed.to(torch.int32), (hashed >> 32).to(torch.int32)], dim=-1)
-        values = _quantile(halves.flatten(1))
-    elif positions.device.type == "cpu":
+    if positions.device.type == "cpu":
         values = _normals_in_blocks(_keys_by_numpy(seed, positions, streams), _unsigned(_elements(num_hashes, "cpu")))
     else:
         values = _quantile(_hash(seed, positions, num_hashes, streams).view(torch.int32))
-    return values[:, :count].to(dtype).reshape(len(streams), len(positions), *shape)
+    return values[:, :count].contiguous()
+
+
+# Compilers call `_normals` and do not look into it: by their code an H200 gave other last bits, presumably as product
+# and sum of `_quantile` became one operation, rounded once; a rounding through float64 between them didn't help.
+torch.library.define(
+    "scoreray::keyed_normals", "(int seed, Tensor positions, SymInt count, int[] streams) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)  # fmt: skip
+torch.library.impl("scoreray::keyed_normals", "CompositeExplicitAutograd", _normals)
+
+
+@torch.library.register_fake("scoreray::keyed_normals")
+def _like_normals(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
+    return positions.new_empty((len(streams) * positions.shape[0], count), dtype=torch.float32)
 
 
 def rademacher(
@@ -209,25 +226,11 @@ def _quantile(halves: Tensor) -> Tensor:
     Conversion, bits, table, one product and one sum: every device rounds each alike.
     """
     k = halves.to(torch.float32)
-    intercepts, slopes = (_lines_of_graph if torch.compiler.is_compiling() else _lines)(str(halves.device))
+    intercepts, slopes = _lines(str(halves.device))
     segment = (k.view(torch.int32) >> (23 - _SEGMENT_BITS)).bitwise_and_((2 << (8 + _SEGMENT_BITS)) - 1).flatten()
     slope = slopes.index_select(0, segment).view(k.shape)
     intercept = intercepts.index_select(0, segment).view(k.shape)
-    if torch.compiler.is_compiling():
-        # A compiler may make one operation of product and sum, rounded once. The product of two float32 is exact in
-        # float64, so its rounding to float32 is what eager code gets, and it stands between the two.
-        return (k.double() * slope.double()).float() + intercept
     return slope.mul_(k).add_(intercept)
-
-
-def _lines_of_graph(device: str) -> Tensor:
-    """`_lines` as a constant of a compiled graph, which would compute them at each call."""
-    return _lines(device)
-
-
-# What `torch.compiler.assume_constant_result` sets, without its import of the compiler in each process. A version of
-# torch that reads another name computes them at each call: slower, the same numbers.
-_lines_of_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(8)
