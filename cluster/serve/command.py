@@ -60,7 +60,7 @@ def served(config: ServeConfig, placement: Placement, errors: str = "") -> Itera
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     http = {"host": placement.host, "port": port, "keep_alive_timeout_s": 60}
     with contextlib.ExitStack() as stack:
-        with _progress(), interruptible():
+        with _progress(config), interruptible():
             ran_already = start_listening(http, quiet)
             stack.callback(_end, ran_already)
             try:
@@ -90,13 +90,17 @@ def _end(ran_already: bool) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[None]:
+def _progress(config: ServeConfig) -> Iterator[None]:
     """A line now and then while a service starts: which of its deployments are not up yet."""
     over, began = threading.Event(), time.monotonic()
+    compiling = ""
+    if config.compile == "auto":
+        compiling = f"; compiling takes {config.warmup_s:g} s at most, --compile off leaves it out"
 
     def report() -> None:
         while not over.wait(SAY_EVERY_S):
-            say(f"the service is still starting after {time.monotonic() - began:.0f} s ({load_line()}){_states()}")
+            after = f"{time.monotonic() - began:.0f} s ({load_line()})"
+            say(f"the service is still starting after {after}{states()}{compiling}")
 
     threading.Thread(target=report, name="serve-progress", daemon=True).start()
     spinner = waiting("starting the service: replicas load the model")
@@ -107,7 +111,7 @@ def _progress() -> Iterator[None]:
         over.set()
 
 
-def _states() -> str:
+def states() -> str:
     """ "; ingress: 1 RUNNING; model: 1 STARTING", as Serve reports it; "" where it does not yet."""
     from ray import serve
 
@@ -115,8 +119,8 @@ def _states() -> str:
         deployments = serve.status().applications[APP].deployments
         counts = {name: one.replica_states for name, one in sorted(deployments.items())}
         return "".join(
-            f"; {name}: " + ", ".join(f"{number} {state.value}" for state, number in states.items())
-            for name, states in counts.items()
+            f"; {name}: " + ", ".join(f"{number} {getattr(state, 'value', state)}" for state, number in one.items())
+            for name, one in counts.items()
         )
     return ""
 

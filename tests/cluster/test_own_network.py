@@ -18,7 +18,7 @@ from waiting import PATIENCE_S
 
 from scoreray.cluster.cli.main import app
 from scoreray.cluster.cli.options import parsed
-from scoreray.cluster.serve.command import served
+from scoreray.cluster.serve.command import served, states
 from scoreray.cluster.serve.options import ServeOptions
 from scoreray.cluster.submit.jobs import prepared
 from scoreray.data.own_code import bring, code_hash
@@ -95,6 +95,7 @@ def test_the_whole_line_without_a_change_to_ours(
 
     options = ServeOptions(checkpoints=[run], samplers=["ringnet.sampling:midpoint"], cpus_per_replica=0.1)
     with served(*options.checked("127.0.0.1", 0)) as url:
+        assert states() == "; ingress: 1 RUNNING; model: 1 RUNNING"
         body = {"count": 2, "sampler": "ringnet.sampling:midpoint", "steps": 3, "seed": 1}
         request = urllib.request.Request(
             f"{url}/v1/samples", json.dumps(body).encode(), {"Content-Type": "application/json"}

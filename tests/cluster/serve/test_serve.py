@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,11 +145,10 @@ def test_sizes_that_ray_or_torch_would_fail_on_are_refused_at_once() -> None:
         ServeConfig((("a", "/absent"),), reload_s=math.inf)
 
 
-class State(StrEnum):
-    """As Serve's of a replica."""
+class State(Enum):
+    """As Serve's of a replica, which its status gives by name or by value."""
 
     RUNNING = "RUNNING"
-    STARTING = "STARTING"
 
 
 def test_a_slow_start_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +159,10 @@ def test_a_slow_start_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(command, "SAY_EVERY_S", 0.05)
     said: list[str] = []
     monkeypatch.setattr(command, "say", said.append)
-    with command._progress():
+    with command._progress(ServeConfig((("small", "run"),), compile="off")):
         while not said:
             time.sleep(0.01)
-        states = {"model": {State.STARTING: 2}, "ingress": {State.RUNNING: 1}}
+        states: dict[str, dict[str, int]] = {"model": {"STARTING": 2}, "ingress": {State.RUNNING: 1}}
         deployments = {name: SimpleNamespace(replica_states=one) for name, one in states.items()}
         applications[command.APP] = SimpleNamespace(deployments=deployments)
         while "model" not in said[-1]:
@@ -171,6 +170,11 @@ def test_a_slow_start_says_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     assert said[0].startswith("the service is still starting after 0 s (load ")
     assert said[0].endswith("cores)")
     assert said[-1].endswith("; ingress: 1 RUNNING; model: 2 STARTING")
+    said.clear()
+    with command._progress(ServeConfig((("small", "run"),), warmup_s=90)):
+        while not said:
+            time.sleep(0.01)
+    assert said[0].endswith("2 STARTING; compiling takes 90 s at most, --compile off leaves it out")
 
 
 def test_a_call_to_a_ray_that_has_ended_is_given_up() -> None:
