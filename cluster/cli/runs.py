@@ -28,7 +28,9 @@ def demo(
         float | None, typer.Option(help="How long to train, from the first step; default 4, with --quick a half.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="Half a minute of training; the pictures are then rough.")] = False,
-    workers: Annotated[int, typer.Option(help="Training workers.", min=1, max=16)] = 2,
+    workers: Annotated[
+        int | None, typer.Option(help="Training workers; default: one on a GPU, or two on CPUs.", min=1, max=16)
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="Start over where a demo has already run in this folder.")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,

@@ -33,6 +33,7 @@ BUCKET = "scoreray"
 HELD_OUT = 2000  # of the images that come with the package: the last ones, which are not trained on
 MINUTES = 4.0
 QUICK_MINUTES = 0.5
+CPU_WORKERS = 2
 QUICK = (
     "checkpoint.every_images=2k",
     "log.every_images=250",
@@ -99,22 +100,25 @@ def run_demo(
     *,
     minutes: float | None = None,
     quick: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     fresh: bool = False,
     verbose: bool = False,
 ) -> DemoResult:
     """Pack, train, draw and measure into `out`; an interrupted demo goes on where it was. Raises ScorerayErrors.
 
-    minutes: of training; None: MINUTES, or with `quick` QUICK_MINUTES.
+    minutes: of training; None: MINUTES, or with `quick` QUICK_MINUTES.  workers: a GPU for each, where this machine has
+    as many; None: one on a GPU, or two on CPUs.
     """
     started = time.monotonic()
     out = _writable(out).absolute()
     effort = Effort(200, 4000) if quick else Effort()
-    config = demo_config(minutes=minutes, quick=quick, workers=workers)
+    gpu = _num_gpus() >= (workers or 1)
+    workers = workers or (1 if gpu else CPU_WORKERS)
+    config = demo_config(minutes=minutes, quick=quick, workers=workers, gpu=gpu)
     introduce(config)
     with storage(out) as place:
         _stage("pack", "the pictures into archives with checksums, as a cluster would read them")
-        config = demo_config(minutes=minutes, quick=quick, workers=workers, storage=place)
+        config = demo_config(minutes=minutes, quick=quick, workers=workers, gpu=gpu, storage=place)
         data_url, held_out_url = _packed(str(config.data.url))
         prepared = prepare_run(config, fresh=fresh)
         _stage("train", f"for {_minutes(60 * (config.duration.minutes or 0))} from the first step; Ray starts first")
@@ -144,31 +148,47 @@ def storage(out: Path) -> Iterator[str]:
 
 
 def demo_config(
-    *, minutes: float | None = None, quick: bool = False, workers: int = 2, storage: str = f"s3://{BUCKET}"
+    *,
+    minutes: float | None = None,
+    quick: bool = False,
+    workers: int = CPU_WORKERS,
+    gpu: bool = False,
+    storage: str = f"s3://{BUCKET}",
 ) -> Config:
-    """The demo's preset for so many minutes, each length a run of its own name; `quick` is meant for seconds."""
+    """The demo's preset for so many minutes, each length a run of its own name; `quick` is meant for seconds, `gpu`
+    gives each worker one."""
     usual = QUICK_MINUTES if quick else MINUTES
     length = usual if minutes is None else minutes
     name = "demo-quick" if quick else "demo"
     name = name if length == usual else f"{name}-{length:g}-min"
     overrides = [f"scaling.workers={workers}", f"run.name={name}", "duration.images=null",
-                 f"duration.minutes={length:g}", *(QUICK if quick else ())]  # fmt: skip
+                 f"duration.minutes={length:g}", f"scaling.use_gpu={json.dumps(gpu)}",
+                 *(QUICK if quick else ())]  # fmt: skip
     if storage != f"s3://{BUCKET}":
         places = {"data.url": f"{storage}/data/fashion-mnist", "run.storage": f"{storage}/runs"}
         overrides += [f"{key}={json.dumps(place)}" for key, place in places.items()]
     return load_config(PRESETS / "demo.yaml", overrides)
 
 
+def _num_gpus() -> int:
+    """Of this machine; none where RAY_ADDRESS says that others train."""
+    import torch
+
+    return 0 if os.environ.get("RAY_ADDRESS") else torch.cuda.device_count()
+
+
 def introduce(config: Config) -> None:
     """What is about to happen, for somebody who has never trained such a model."""
     minutes = config.duration.minutes or 0
+    workers = config.scaling.range[1]
+    where = "CPUs" if not config.scaling.use_gpu else "a GPU" if workers == 1 else "GPUs"
     say(
         "A network learns to draw clothes. It is shown 10,000 small pictures (Fashion-MNIST: 28x28 pixels, ten kinds\n"
         "of clothing) under noise of every strength, and learns to say what is beneath. Afterwards it draws: it\n"
         f"begins with noise alone and takes it away in {STEPS} steps.\n\n"
-        f"  how long    {_minutes(60 * minutes)} of training by {counted_noun(config.scaling.range[1], 'worker')} on "
-        "this machine's CPUs (--minutes changes that), and a minute\n              or two for starting and for what "
-        "comes after. Ctrl-C saves; the same command goes on.\n"
+        f"  how long    {_minutes(60 * minutes)} of training by {counted_noun(workers, 'worker')} on "
+        f"{where} of this machine (--minutes changes that), and a minute\n"
+        "              or two for starting and for what comes after. Ctrl-C saves; the same command goes on.\n"
         "  how good    by the number of pictures that the machine gets through in that time; it says so soon:\n"
         + "\n".join(f"              {line}" for line in expected_lines())
         + "\n"

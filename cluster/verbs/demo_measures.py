@@ -48,7 +48,7 @@ def drawn(
     model, request = load(checkpoint), Request(count, sampler="dpmpp_2m", steps=steps, guidance=guidance)
     estimates = _Estimates(done)
     draw, conditions = prepare(model, request), SampleConditions(request, model.info)
-    samples = to_uint8(draw(request.sample_seeds(0, count), conditions.of(0, count), callback=estimates))
+    samples = to_uint8(draw(request.sample_seeds(0, count), conditions.of(0, count), callback=estimates).cpu())
     return samples, [*estimates.frames, samples]
 
 

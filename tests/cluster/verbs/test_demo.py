@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingRecord
 TWICE = """
 import json, sys
 from pathlib import Path
+from typing import NoReturn
 from scoreray.cluster.verbs import demo
 demo.QUICK_MINUTES, demo.NUM_SAMPLES, demo.STEPS = 0.02, 16, 2
 demo.Effort = lambda *sizes, effort=demo.Effort: effort(16, 640)
@@ -61,8 +63,30 @@ def test_each_length_is_a_run_of_its_own(minutes: float | None, quick: bool, nam
 def test_it_says_what_will_happen(capsys: pytest.CaptureFixture[str]) -> None:
     demo.introduce(demo.demo_config(minutes=20))
     said = " ".join(capsys.readouterr().err.split())
-    assert "20 minutes of training by 2 workers" in said
+    assert "20 minutes of training by 2 workers on CPUs of this machine" in said
     assert [f"{one.images:,} pictures" in said for one in EXPECTED] == [True] * len(EXPECTED)
+
+
+@pytest.mark.parametrize(("workers", "gpus", "address", "trains"), [
+    (None, 1, "", "1 worker on a GPU"), (2, 2, "", "2 workers on GPUs"), (2, 1, "", "2 workers on CPUs"),
+    (None, 1, "127.0.0.1:1", "2 workers on CPUs"), (1, 0, "", "1 worker on CPUs"),
+])  # fmt: skip
+def test_it_trains_on_gpus_where_the_machine_has_enough(
+    workers: int | None, gpus: int, address: str, trains: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    class BegunError(Exception):
+        pass
+
+    def begun(_: Path) -> NoReturn:
+        raise BegunError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(demo, "storage", begun)  # what comes after the introduction
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(BegunError):
+        demo.run_demo(tmp_path, workers=workers)
+    assert f"4 minutes of training by {trains} of this machine" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_table_of_what_to_expect_is_in_order() -> None:
