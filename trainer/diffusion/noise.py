@@ -97,7 +97,7 @@ def normals(
 ) -> Tensor:
     """What `normal` gives for each of `streams`, [len(streams), B, *shape]: sooner than one after another."""
     positions, count = _on(positions, device), math.prod(shape)
-    draw = torch.ops.scoreray.keyed_normals if torch.compiler.is_compiling() else _normals
+    draw = _normals_of_graph if torch.compiler.is_compiling() else _normals
     values = draw(_signed(seed), positions, count, list(streams))
     return values.to(dtype).reshape(len(streams), len(positions), *shape)
 
@@ -114,14 +114,13 @@ def _normals(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -
 
 # Compilers call `_normals` and do not look into it: by their code an H200 gave other last bits, presumably as product
 # and sum of `_quantile` became one operation, rounded once; a rounding through float64 between them didn't help.
-torch.library.define(
-    "scoreray::keyed_normals", "(int seed, Tensor positions, SymInt count, int[] streams) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+_normals_of_graph = torch.library.custom_op(
+    "scoreray::keyed_normals", _normals, mutates_args=(),
+    schema="(int seed, Tensor positions, SymInt count, int[] streams) -> Tensor",
 )  # fmt: skip
-torch.library.impl("scoreray::keyed_normals", "CompositeExplicitAutograd", _normals)
 
 
-@torch.library.register_fake("scoreray::keyed_normals")
+@_normals_of_graph.register_fake
 def _like_normals(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
     return positions.new_empty((len(streams) * positions.shape[0], count), dtype=torch.float32)
 
