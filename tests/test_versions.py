@@ -132,8 +132,8 @@ def file(python: str, local_s3: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def scoreray(python: str, *words: str) -> str:
-    """What a command that ends with status 0 prints on standard error."""
-    done = subprocess.run([python, "-m", "scoreray.cluster.cli", *words], capture_output=True, text=True, timeout=300)
+    """What a command that ends with status 0 prints on standard error; the test's own limit is the command's."""
+    done = subprocess.run([python, "-m", "scoreray.cluster.cli", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -160,10 +160,8 @@ def family(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def wait_for_commit(config: Config, driver: subprocess.Popen[str], after: int) -> int:
-    """Images seen of a checkpoint that was committed after that of `after` images."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Images seen of a checkpoint that was committed after that of `after` images, within the test's own limit."""
     while (newest := latest(run_store(config))) is None or newest.images_seen <= after:
-        assert time.monotonic() < deadline, "no further checkpoint within 150 s"
         assert driver.poll() is None, "the run ended before it could be killed"
         time.sleep(0.05)
     return newest.images_seen
@@ -179,13 +177,15 @@ def test_a_run_whose_worker_and_then_whose_driver_is_killed_ends_bitwise_as_one_
     log = file.parent / "killed.log"
     with log.open("w") as lines:
         driver = subprocess.Popen([python, "-m", "scoreray.cluster.cli", *words], stderr=lines, text=True)
-    committed = wait_for_commit(config, driver, 0)
-    next(one for one in family(driver) if "RayTrainWorker" in " ".join(one.cmdline())).kill()
-    committed = wait_for_commit(config, driver, committed + 2 * 320)  # those that were under way
-    everything = [psutil.Process(driver.pid), *family(driver)]
-    for process in everything:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    try:
+        committed = wait_for_commit(config, driver, 0)
+        next(one for one in family(driver) if "RayTrainWorker" in " ".join(one.cmdline())).kill()
+        committed = wait_for_commit(config, driver, committed + 2 * 320)  # those that were under way
+    finally:
+        everything = [psutil.Process(driver.pid), *family(driver)]
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     driver.wait()
     psutil.wait_procs(everything, timeout=PATIENCE_S)
     assert "died" in log.read_text()
