@@ -81,7 +81,7 @@ def normal(
     Each half of a 64-bit hash is a signed number of 32 bits, of which the inverse of the normal distribution is taken.
     It is a line on each of 7,936 segments, 256 to an octave of the tail's probability: off by 7e-7 at most, rounding
     included, and 6.23 sigma is the largest number. All dtypes get the same numbers: float32's, or a rounding of them.
-    Compiled code gets the same bits.
+    Compiled code gets the same bits (Inductor may skip the rounding to bfloat16 of what it goes on computing with).
     """
     return normals(seed, positions, shape, streams=[stream], dtype=dtype, device=device)[0]
 
