@@ -39,9 +39,8 @@ class HedgedGet:
             after_s = max(LEAST_S, TIMES_MEDIAN * statistics.median(self._took)) if self._took else 4 * LEAST_S
         started = time.monotonic()
         answers: queue.SimpleQueue[Future[bytes]] = queue.SimpleQueue()
-        if not self._request(answers, key, start, end):
-            raise StorageError(f"{key}: not read, its reader was closed")
-        num_requests = under_way = 1
+        answer: Future[bytes] | None = None
+        num_requests = under_way = int(self._request(answers, key, start, end))
         while under_way:
             try:
                 answer = answers.get(timeout=after_s if num_requests < MOST_REQUESTS else None)
@@ -54,7 +53,7 @@ class HedgedGet:
             under_way -= 1
             if not answer.cancelled() and answer.exception() is None:
                 break
-        if answer.cancelled():  # the last: no thread had begun it when the reader was closed
+        if answer is None or answer.cancelled():  # no thread had begun it
             raise StorageError(f"{key}: not read, its reader was closed")
         data = answer.result()
         with self._lock:

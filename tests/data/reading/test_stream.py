@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from waiting import PATIENCE_S
+from waiting import wait_until
 
 from scoreray.data.errors import DataError, UserError
 from scoreray.data.fields.field import Field
@@ -345,10 +345,8 @@ def test_what_waits_stays_within_the_stated_memory(
             time.sleep(0.1)
             at_once = blocks_at_once(stream.order, stream.manifest.bytes_per_sample) if remote else 1
             most = 2 * 6 * at_once + 6  # a look-up may span a lane's next block
-            deadline = time.monotonic() + PATIENCE_S  # of a look-up that is under way: it holds its own until it ends
-            while (held := len(stream._blocks._requested)) > most and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert held <= most
+            requested = stream._blocks._requested  # while a look-up is under way, its own too
+            wait_until(lambda: len(requested) <= most, lambda: f"{len(requested)} blocks, at most {most}")  # noqa: B023
             assert at_once * 8 * stream.manifest.bytes_per_sample <= 1 << 20
             assert stream._ready.qsize() <= 3
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, wait_until
 
 import scoreray.data.storage.hedge as module
 from scoreray.data.errors import StorageError
@@ -36,32 +36,39 @@ class Server:
         return b"answer"
 
 
+def reading(get: HedgedGet) -> tuple[threading.Thread, list[StorageError]]:
+    """A thread that reads, and where its error is once it has ended."""
+    errors: list[StorageError] = []
+
+    def read() -> None:
+        try:
+            get("key", 0, 6)
+        except StorageError as error:
+            errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    return reader, errors
+
+
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_S", 0.05)
 
 
-def test_a_straggler_is_overtaken_by_a_second_request() -> None:
+@pytest.mark.parametrize("num_slow", [1, 2])
+def test_stragglers_are_overtaken_by_a_further_request(num_slow: int) -> None:
     stats = ReadStats()
-    server = Server("slow", "quick")
+    server = Server(*["slow"] * num_slow, "quick")
     server.slow_s = PATIENCE_S
     get, started = HedgedGet(server, stats), time.monotonic()
     assert get("key", 0, 6) == b"answer"
     assert time.monotonic() - started < PATIENCE_S / 2
     server.released.set()
-    assert stats.num_hedges == 1
+    assert stats.num_hedges == num_slow
 
 
-def test_two_stragglers_are_overtaken_by_a_third_request_and_no_more_than_four_are_made() -> None:
-    stats = ReadStats()
-    server = Server("slow", "slow", "quick")
-    server.slow_s = PATIENCE_S
-    get, started = HedgedGet(server, stats), time.monotonic()
-    assert get("key", 0, 6) == b"answer"
-    assert time.monotonic() - started < PATIENCE_S / 2
-    server.released.set()
-    assert stats.num_hedges == 2
-
+def test_no_more_than_four_requests_are_made() -> None:
     server = Server("slow")
     server.slow_s = 4.0  # the fourth begins after 7 waits, 1.4 s
     assert HedgedGet(server, ReadStats())("key", 0, 6) == b"answer"
@@ -97,25 +104,14 @@ def test_a_request_that_waits_for_a_thread_ends_when_its_reader_is_closed(monkey
     server = Server("slow")
     server.slow_s = PATIENCE_S
     get = HedgedGet(server, ReadStats())
-    errors: list[StorageError] = []
-
-    def read() -> None:
-        try:
-            get("key", 0, 6)
-        except StorageError as error:
-            errors.append(error)
-
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
+    readers, errors = zip(reading(get), reading(get), strict=True)
     time.sleep(0.2)
     get.close()
-    while sum(reader.is_alive() for reader in readers) > 1:
-        time.sleep(0.01)
+    wait_until(lambda: not all(reader.is_alive() for reader in readers), "both still wait")
     server.released.set()
     for reader in readers:
         reader.join()
-    assert ["reader was closed" in str(error) for error in errors] == [True]
+    assert ["reader was closed" in str(error) for found in errors for error in found] == [True]
 
 
 def test_no_second_request_after_close() -> None:
@@ -141,16 +137,7 @@ def test_when_nobody_waits_any_more_a_dead_store_is_not_asked_again(monkeypatch:
             monkeypatch.setenv(f"AWS_{name}", value)
         stats = ReadStats()
         get = HedgedGet(open_store("s3://bucket/set").get, stats)
-        errors: list[StorageError] = []
-
-        def read() -> None:
-            try:
-                get("key", 0, 6)
-            except StorageError as error:
-                errors.append(error)
-
-        reader = threading.Thread(target=read)
-        reader.start()
+        reader, errors = reading(get)
         time.sleep(0.5)
         assert reader.is_alive(), errors
         get.close()
