@@ -98,31 +98,8 @@ def normals(
     """What `normal` gives for each of `streams`, [len(streams), B, *shape]: sooner than one after another."""
     positions, count = _on(positions, device), math.prod(shape)
     draw = _normals_of_graph if torch.compiler.is_compiling() else _normals
-    values = draw(_signed(seed), positions, count, list(streams))
-    return values.to(dtype).reshape(len(streams), len(positions), *shape)
-
-
-def _normals(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
-    """[S B, count] float32."""
-    num_hashes = (count + 1) // 2
-    if positions.device.type == "cpu":
-        values = _normals_in_blocks(_keys_by_numpy(seed, positions, streams), _unsigned(_elements(num_hashes, "cpu")))
-    else:
-        values = _quantile(_hash(seed, positions, num_hashes, streams).view(torch.int32))
-    return values[:, :count].contiguous()
-
-
-# Compilers call `_normals` and do not look into it: by their code an H200 gave other last bits, presumably as product
-# and sum of `_quantile` became one operation, rounded once; a rounding through float64 between them didn't help.
-_normals_of_graph = torch.library.custom_op(
-    "scoreray::keyed_normals", _normals, mutates_args=(),
-    schema="(int seed, Tensor positions, SymInt count, int[] streams) -> Tensor",
-)  # fmt: skip
-
-
-@_normals_of_graph.register_fake
-def _like_normals(seed: int, positions: Tensor, count: int, streams: Sequence[int]) -> Tensor:
-    return positions.new_empty((len(streams) * positions.shape[0], count), dtype=torch.float32)
+    values = draw(_signed(seed), positions, (count + 1) // 2, list(streams))
+    return values[:, :count].to(dtype).reshape(len(streams), len(positions), *shape)
 
 
 def rademacher(
@@ -190,6 +167,26 @@ def _elements(count: int, device: str) -> Tensor:
     """Elements' numbers, hashed before they meet the position: two positions then share single values by chance at
     most, never a run of them, as counters that overlap would."""
     return _mix(torch.arange(1, count + 1, device=device) * _signed(_GOLDEN))
+
+
+def _normals(seed: int, positions: Tensor, num_hashes: int, streams: Sequence[int]) -> Tensor:
+    """[S B, 2 num_hashes] float32."""
+    if positions.device.type == "cpu":
+        return _normals_in_blocks(_keys_by_numpy(seed, positions, streams), _unsigned(_elements(num_hashes, "cpu")))
+    return _quantile(_hash(seed, positions, num_hashes, streams).view(torch.int32))
+
+
+# Compilers call `_normals` and do not look into it: by their code an H200 gave other last bits, presumably as product
+# and sum of `_quantile` became one operation, rounded once; a rounding through float64 between them didn't help.
+_normals_of_graph = torch.library.custom_op(
+    "scoreray::keyed_normals", _normals, mutates_args=(),
+    schema="(int seed, Tensor positions, SymInt num_hashes, int[] streams) -> Tensor",
+)  # fmt: skip
+
+
+@_normals_of_graph.register_fake
+def _like_normals(seed: int, positions: Tensor, num_hashes: int, streams: Sequence[int]) -> Tensor:
+    return positions.new_empty((len(streams) * positions.shape[0], 2 * num_hashes), dtype=torch.float32)
 
 
 def _normals_in_blocks(keys: np.ndarray, elements: np.ndarray) -> Tensor:
