@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,11 @@ def run_demo(
     effort = Effort(200, 4000) if quick else Effort()
     gpu = _num_gpus() >= (workers or 1)
     workers = workers or (1 if gpu else CPU_WORKERS)
-    config = demo_config(minutes=minutes, quick=quick, workers=workers, gpu=gpu)
-    introduce(config)
+    configured = partial(demo_config, minutes=minutes, quick=quick, workers=workers, gpu=gpu)
+    introduce(configured())
     with storage(out) as place:
         _stage("pack", "the pictures into archives with checksums, as a cluster would read them")
-        config = demo_config(minutes=minutes, quick=quick, workers=workers, gpu=gpu, storage=place)
+        config = configured(storage=place)
         data_url, held_out_url = _packed(str(config.data.url))
         prepared = prepare_run(config, fresh=fresh)
         _stage("train", f"for {_minutes(60 * (config.duration.minutes or 0))} from the first step; Ray starts first")
