@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, PATIENT_RAY
 
 PORTS = ("8000", "8265", "6379", "9000", "52365")
 END = "tutorial-command-ended"
@@ -133,7 +133,14 @@ class Session:
         self._ray = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # a short name: Ray's sockets are in it
         commands = os.environ.get("TUTORIAL_BIN", Path(sys.executable).parent)
         path = f"{commands}{os.pathsep}{os.environ['PATH']}"
-        self._env = {**os.environ, "PATH": path, "RAY_TMPDIR": self._ray.name, "COLUMNS": "120", "PS1": ""}
+        self._env = {
+            **os.environ,
+            **PATIENT_RAY,
+            "PATH": path,
+            "RAY_TMPDIR": self._ray.name,
+            "COLUMNS": "120",
+            "PS1": "",
+        }
         self._behind: list[tuple[subprocess.Popen[bytes], Path]] = []
         self._bash = subprocess.Popen(
             ["bash", "--noprofile", "--norc"], cwd=folder, env=self._env, text=True,

@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         world_size: int,
         device: torch.device,
     ) -> None:
-        import deepspeed
+        from scoreray.trainer.engine.deepspeed_import import deepspeed
 
         # A C++ extension for inference that DeepSpeed would compile at start on a CPU; training does not use it.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
@@ -160,8 +160,9 @@ class DeepSpeedEngine:
             ) from None
 
     def publish(self, num_steps: int) -> None:
-        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
+
+        from scoreray.trainer.engine.deepspeed_import import deepspeed
 
         for partition in self._partitions():
             self.optimizer.state[partition]["step"].fill_(num_steps)

@@ -118,7 +118,9 @@ def _prestart(count: int, environment: Mapping[str, str]) -> None:
 
 def import_variables(deepspeed: bool) -> dict[str, str]:
     """Environment variables by which a worker process imports what training needs before it is given work."""
-    names = ["scoreray.trainer.on_ray.training_function", WORKER_MODULE, *(["deepspeed"] if deepspeed else [])]
+    names = ["scoreray.trainer.on_ray.training_function", WORKER_MODULE]
+    if deepspeed:
+        names.append("scoreray.trainer.engine.deepspeed_import")
     return {SETUP_HOOK: f"{__name__}.warm", MODULES: ",".join(names)}
 
 

@@ -30,7 +30,7 @@ from scoreray.trainer.prepare import prepare_run
 from scoreray.trainer.records import read_metrics
 from scoreray.trainer.run_folder import run_store, stored_config
 
-BATCH, TOTAL = 64, 3200
+BATCH, TOTAL = 32, 1600
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def settings(data_url: str, name: str, **changes: Any) -> dict[str, Any]:
         "engine": {"zero_stage": 2, "precision": "fp32"},
         "scaling": {"workers": 2},
         "duration": {"images": TOTAL},
-        "checkpoint": {"every_images": 320, "keep": 2},
-        "log": {"every_images": 320},
+        "checkpoint": {"every_images": 160, "keep": 2},
+        "log": {"every_images": 160},
         **changes,
     }
 
@@ -99,8 +99,8 @@ def training_workers(root: psutil.Process) -> list[psutil.Process]:
 
 def test_a_run_commits_and_keeps_the_newest_checkpoints(uninterrupted: Any, data_url: str) -> None:
     run = run_store(load_config(settings(data_url, "uninterrupted")))
-    assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [2880, 3200]
-    assert [images for images, _ in uninterrupted[1]] == [320 * i for i in range(1, 11)]
+    assert [int(folder.split("/")[1].split("-")[0]) for folder in committed(run)] == [1440, 1600]
+    assert [images for images, _ in uninterrupted[1]] == [160 * i for i in range(1, 11)]
     assert stored_config(run) == load_config(settings(data_url, "uninterrupted"))
 
 
@@ -117,7 +117,7 @@ def test_a_worker_that_gets_sigterm_then_one_that_hangs_then_one_that_is_killed(
     Train starts the workers again at the right image, and the end is bitwise that of an uninterrupted run."""
     scaling = {"workers": 2, "hang_timeout_s": 8}
     config = prepare_run(load_config(settings(data_url, "worker-killed", scaling=scaling))).config
-    plan = [(700, signal.SIGTERM), (1500, signal.SIGSTOP), (2300, signal.SIGKILL)]
+    plan = [(350, signal.SIGTERM), (750, signal.SIGSTOP), (1150, signal.SIGKILL)]
     sent: list[tuple[psutil.Process, float]] = []
     notes: list[tuple[str, float]] = []
     seen: list[int] = []
@@ -141,7 +141,7 @@ def test_a_worker_that_gets_sigterm_then_one_that_hangs_then_one_that_is_killed(
     state, losses = outcome(config)
     for name, tensor in uninterrupted[0].items():
         assert torch.equal(state[name], tensor), name
-    assert [pair for pair in losses if pair[0] > 1600] == [pair for pair in uninterrupted[1] if pair[0] > 1600]
+    assert [pair for pair in losses if pair[0] > 800] == [pair for pair in uninterrupted[1] if pair[0] > 800]
 
 
 def test_a_killed_driver_resumes_by_the_same_command(
