@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from own_code import own_code_forgotten
 
 from scoreray.cluster.connect.local_ray import set_environment
 from scoreray.data.packing.pack import pack
@@ -17,6 +19,13 @@ from scoreray.trainer.diffusion.targets import sample_target
 def ray_environment() -> None:
     """As `connected` sets it, for tests that import Ray Tune's searchers and need no cluster."""
     set_environment()
+
+
+@pytest.fixture(autouse=True)
+def parts_of_ones_own() -> Iterator[None]:
+    """A sweep that names a searcher, a metric or a callback of one's own brings it to its process."""
+    with own_code_forgotten():
+        yield
 
 
 @pytest.fixture(scope="session")
