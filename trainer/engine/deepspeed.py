@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from scoreray.data.errors import UserError
 from scoreray.trainer.engine.base import EngineConfig, fragment_of, resolve_precision
 from scoreray.trainer.engine.buckets import bucket_sizes
+from scoreray.trainer.engine.deepspeed_import import import_deepspeed
 from scoreray.trainer.engine.frozen import FrozenParameters
 from scoreray.trainer.monitoring.stopping import NonFiniteError
 from scoreray.trainer.optim.ema import EMAConfig
@@ -52,8 +53,7 @@ class DeepSpeedEngine:
         world_size: int,
         device: torch.device,
     ) -> None:
-        from scoreray.trainer.engine.deepspeed_import import deepspeed
-
+        deepspeed = import_deepspeed()
         # A C++ extension for inference that DeepSpeed would compile at start on a CPU; training does not use it.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         assert config.zero_stage != "auto", "build_engine() chooses a stage first"
@@ -160,9 +160,8 @@ class DeepSpeedEngine:
             ) from None
 
     def publish(self, num_steps: int) -> None:
+        import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
-
-        from scoreray.trainer.engine.deepspeed_import import deepspeed
 
         for partition in self._partitions():
             self.optimizer.state[partition]["step"].fill_(num_steps)

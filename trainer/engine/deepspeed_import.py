@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -35,14 +36,15 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-with _not_installed("mlflow"):
-    import deepspeed
+@functools.cache
+def import_deepspeed() -> Any:
+    """The module `deepspeed`."""
+    with _not_installed("mlflow"):
+        import deepspeed
+    # Without these names, which are not documented, a rank starts later and trains the same.
+    with contextlib.suppress(ImportError, AttributeError):
+        from deepspeed.runtime import compiler
 
-# Without these names, which are not documented, a rank starts later and trains the same.
-with contextlib.suppress(ImportError, AttributeError):
-    from deepspeed.runtime import compiler
-
-    with _replaced(compiler, "compile", lambda: lambda function: function):
-        import deepspeed.runtime.zero.muon.muon_optimizer
-
-__all__ = ["deepspeed"]
+        with _replaced(compiler, "compile", lambda: lambda function: function):
+            import deepspeed.runtime.zero.muon.muon_optimizer
+    return deepspeed

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import logging
@@ -120,13 +121,18 @@ def import_variables(deepspeed: bool) -> dict[str, str]:
     """Environment variables by which a worker process imports what training needs before it is given work."""
     names = ["scoreray.trainer.on_ray.training_function", WORKER_MODULE]
     if deepspeed:
-        names.append("scoreray.trainer.engine.deepspeed_import")
+        names.append("scoreray.trainer.engine.deepspeed_import:import_deepspeed")
     return {SETUP_HOOK: f"{__name__}.warm", MODULES: ",".join(names)}
 
 
 def warm() -> None:
     """Runs in each such process. What can't be imported is reported by the code that uses it."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    gc.set_threshold(50_000)  # as in `cluster/cli/__main__.py`: half a second of a core
     for name in os.environ.get(MODULES, "").split(","):
+        module, _, function = name.partition(":")
         with contextlib.suppress(Exception):
-            importlib.import_module(name)
+            found = importlib.import_module(module)
+            if function:
+                getattr(found, function)()
+    gc.freeze()

@@ -19,11 +19,12 @@ NOT_NEEDED = {
 }  # fmt: skip
 CODE = """
 import os, sys
-from scoreray.trainer.on_ray.hooks import MODULES, import_variables
+from scoreray.trainer.on_ray.hooks import import_variables, warm
 
 storage, stage, *names = sys.argv[1:]
-for name in import_variables(deepspeed=stage != "0")[MODULES].split(","):
-    __import__(name)
+os.environ |= import_variables(deepspeed=stage != "0")
+warm()
+assert stage == "0" or "deepspeed" in sys.modules
 from scoreray.cluster.verbs import train as of_the_driver
 from scoreray.trainer.config import load_config
 from scoreray.trainer.loop import train
