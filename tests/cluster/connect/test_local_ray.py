@@ -304,8 +304,9 @@ ENDED = "has ended (killed, or no memory left?); the same command goes on from w
 
 
 def daemon_of(process: subprocess.Popen[str], name: str) -> psutil.Process:
-    (found,) = (child for child in psutil.Process(process.pid).children() if child.name() == name)
-    return found
+    """The oldest of its children by that name: a worker that a raylet has just forked has the raylet's."""
+    named = [one for one in psutil.Process(process.pid).children() if "".join(cmdline(one)[:1]).endswith(f"/{name}")]
+    return min(named, key=psutil.Process.create_time)
 
 
 @pytest.mark.slow
@@ -317,10 +318,13 @@ def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) 
                           env=environment) as process:  # fmt: skip
         assert process.stdout is not None
         process.stdout.readline()
-        victim = daemon_of(process, daemon)
-        folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
-        victim.kill()
-        _, errors = process.communicate(timeout=PATIENCE_S)
+        try:
+            victim = daemon_of(process, daemon)
+            folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
+            victim.kill()
+            _, errors = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()  # else a failure waits for it without end
     assert process.returncode == 3, errors
     name = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}[daemon]
     assert errors.splitlines()[-1] == f"scoreray: {name} {ENDED}"
