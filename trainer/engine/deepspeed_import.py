@@ -9,42 +9,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
 from typing import Any
-
-
-@contextlib.contextmanager
-def _not_installed(name: str) -> Iterator[None]:
-    """Inside, `import name` fails as it does where there is no such package; one that was imported before stays."""
-    hidden = name not in sys.modules
-    if hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hidden:
-            del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @functools.cache
 def import_deepspeed() -> Any:
     """The module `deepspeed`."""
-    with _not_installed("mlflow"):
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # as where it is not installed
+    try:
         import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
     # Without these names, which are not documented, a rank starts later and trains the same.
     with contextlib.suppress(ImportError, AttributeError):
         from deepspeed.runtime import compiler
 
-        with _replaced(compiler, "compile", lambda: lambda function: function):
+        before, compiler.compile = compiler.compile, lambda: lambda function: function
+        try:
             import deepspeed.runtime.zero.muon.muon_optimizer
+        finally:
+            compiler.compile = before
     return deepspeed

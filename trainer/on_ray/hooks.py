@@ -128,7 +128,7 @@ def import_variables(deepspeed: bool) -> dict[str, str]:
 def warm() -> None:
     """Runs in each such process. What can't be imported is reported by the code that uses it."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    gc.set_threshold(50_000)  # as in `cluster/cli/__main__.py`: half a second of a core
+    gc.set_threshold(50_000)  # as in `cluster/cli/__main__.py`: 0.3 s of a core
     for name in os.environ.get(MODULES, "").split(","):
         module, _, function = name.partition(":")
         with contextlib.suppress(Exception):

@@ -9,8 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import grpc
 import psutil
 import pytest
 import yaml
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, wait_until
 
 from scoreray.cluster.connect import local_ray
 from scoreray.cluster.connect import start as ray_start
@@ -303,6 +302,16 @@ with connected(num_cpus=1):
 ENDED = "has ended (killed, or no memory left?); the same command goes on from what is committed"
 
 
+@contextlib.contextmanager
+def running(command: list[str], environment: dict[str, str], **pipes: int) -> Iterator[subprocess.Popen[str]]:
+    """Killed at the block's end: else a failure in it would wait for the command without end."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def daemon_of(process: subprocess.Popen[str], name: str) -> psutil.Process:
     """The oldest of its children by that name: a worker that a raylet has just forked has the raylet's."""
     named = [one for one in psutil.Process(process.pid).children() if "".join(cmdline(one)[:1]).endswith(f"/{name}")]
@@ -314,22 +323,18 @@ def daemon_of(process: subprocess.Popen[str], name: str) -> psutil.Process:
 def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) -> None:
     """Ray itself would end it without a word (the raylet) or after a minute (the GCS), with status 1."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=environment) as process:  # fmt: skip
+    with running([sys.executable, "-c", WAITS], environment, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        try:
-            victim = daemon_of(process, daemon)
-            folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
-            victim.kill()
-            _, errors = process.communicate(timeout=PATIENCE_S)
-        finally:
-            process.kill()  # else a failure waits for it without end
+        victim = daemon_of(process, daemon)
+        folder = next(part for part in victim.cmdline() if "/sr-" in part).partition("/sr-")[2][:8]
+        victim.kill()
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     name = {"raylet": "Ray's raylet", "gcs_server": "Ray's GCS"}[daemon]
     assert errors.splitlines()[-1] == f"scoreray: {name} {ENDED}"
     assert "Traceback" not in errors
-    until(
+    wait_until(
         lambda: not [one for one in psutil.process_iter() if f"/sr-{folder}" in " ".join(cmdline(one))],
         "all have ended",
     )
@@ -340,13 +345,6 @@ def cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def test_a_daemon_is_gone_when_its_port_refuses_and_back_when_it_listens_again() -> None:
@@ -425,8 +423,8 @@ def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
+    with running(command, environment) as process:
+        wait_until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
         daemon_of(process, daemon).kill()
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
@@ -447,7 +445,7 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(small_run("run", tmp_path, 64)))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with running(command, environment) as process:
         family = psutil.Process(process.pid)
 
         def killed() -> bool:  # each time: on a busy machine Ray is started once more
@@ -457,7 +455,7 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
                         child.kill()
             return process.poll() is not None
 
-        until(killed, "the command's end")
+        wait_until(killed, "the command's end")
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     assert errors.splitlines()[-1].startswith("scoreray: Ray could not be started on this machine (")
