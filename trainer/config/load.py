@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -172,21 +173,21 @@ def with_default_kinds(raw: dict[str, Any]) -> dict[str, Any]:
     pydantic's discriminated unions refuse a section without its tag, also where only one key of the default is changed.
     """
 
-    def fill(section: Any, annotation: Any, default: Any) -> Any:
-        if isinstance(section, dict):
-            if hasattr(default, "kind"):
-                section.setdefault("kind", default.kind)
-            members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-            chosen = next((one for one in map(_plain, members) if _kind_of(one) in (None, section.get("kind"))), None)
-            if is_own(section.get("kind")):
-                with contextlib.suppress(UserError):  # validation reports it, with all other mistakes
-                    chosen = config_class(section["kind"])
-            for key, inner in _fields_of(chosen).items():
-                if key in section:
-                    section[key] = fill(section[key], _plain(inner), _default_of(chosen, key))
-        return section
+    def fill(section: dict[str, Any], annotation: Any, default: Any) -> None:
+        if hasattr(default, "kind"):
+            section.setdefault("kind", default.kind)
+        members = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+        chosen = next((one for one in map(_plain, members) if _kind_of(one) in (None, section.get("kind"))), None)
+        if is_own(section.get("kind")):
+            with contextlib.suppress(UserError):  # validation reports it, with all other mistakes
+                chosen = config_class(section["kind"])
+        for key, inner in _fields_of(chosen).items():
+            if isinstance(section.get(key), dict):
+                fill(section[key], _plain(inner), _default_of(chosen, key))
 
-    return fill(copied(raw), Config, None)  # type: ignore[no-any-return]
+    filled = copied(raw)
+    fill(filled, Config, None)
+    return filled
 
 
 def copied(value: Any) -> Any:
@@ -274,7 +275,8 @@ def _default_of(annotation: Any, key: str) -> Any:
     return next(field.default for field in dataclasses.fields(annotation) if field.name == key)
 
 
-def _fields_of(annotation: Any) -> dict[str, Any]:
+@functools.lru_cache(maxsize=1024)  # get_type_hints compiles each annotation, 5 ms a config
+def _fields_of(annotation: Any) -> Mapping[str, Any]:
     """Names and types of the keys of a section."""
     if not isinstance(annotation, type):
         return {}
