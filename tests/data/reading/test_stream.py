@@ -191,9 +191,11 @@ def damaged(packed: tuple[str, Manifest], tmp_path: Path) -> tuple[str, Path]:
 
 
 def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
+    """In place: a stream that reads on meanwhile would find a file that is being written cut short."""
+    flipped = path.read_bytes()[offset] ^ 1
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes([flipped]))
 
 
 def records(url: str, shard: int) -> np.ndarray:
