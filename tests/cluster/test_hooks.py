@@ -79,6 +79,7 @@ with connected(num_cpus=1):
 """
 
 
+@pytest.mark.slow
 def test_a_ray_without_them_works_all_the_same() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(

@@ -48,6 +48,7 @@ def test_its_own_test(ringnet: tuple[str, str]) -> None:
     module.test_a_few_steps_of_training_lower_the_error_and_any_sampler_draws()
 
 
+@pytest.mark.slow
 def test_the_whole_line_without_a_change_to_ours(
     scoreray: Command, ray_cluster: None, ringnet: tuple[str, str], tmp_path: Path
 ) -> None:

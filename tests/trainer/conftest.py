@@ -72,11 +72,13 @@ class Forks:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | self._environment
         )
 
-    def run(self, script: Path, arguments: tuple[str, ...], worlds: tuple[int, ...] = ()) -> str:
+    def run(
+        self, script: Path, arguments: tuple[str, ...], worlds: tuple[int, ...] = (), imports: tuple[str, ...] = ()
+    ) -> str:
         output = self._folder / "output.txt"
         output.write_bytes(b"")
         job = {
-            "script": str(script), "arguments": arguments, "worlds": worlds, "output": str(output),
+            "script": str(script), "arguments": arguments, "worlds": worlds, "imports": imports, "output": str(output),
             "environment": os.environ | self._environment | {"DS_ACCELERATOR": "cpu"},
         }  # fmt: skip
         assert self._process.stdin is not None
@@ -114,10 +116,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def run_ranks(forks: Forks) -> Callable[..., str]:
-    """run_ranks(script, *arguments, worlds=(2,)): the ranks' output. Each is `script RANK WORLD ARGUMENT...`."""
+    """run_ranks(script, *arguments, worlds=(2,)): the ranks' output. Each is `script RANK WORLD ARGUMENT...`.
+    imports: modules that take long to import, which all ranks need."""
 
-    def run(script: Path, *arguments: str, worlds: tuple[int, ...] = (2,)) -> str:
-        return forks.run(script, arguments, worlds)
+    def run(script: Path, *arguments: str, worlds: tuple[int, ...] = (2,), imports: tuple[str, ...] = ()) -> str:
+        return forks.run(script, arguments, worlds, imports)
 
     return run
 

@@ -2,10 +2,10 @@
 `tests/trainer/conftest.py`: importing torch, DeepSpeed and torch's compiler takes more CPU time than most of what the
 scripts do (8 s, and each process that torch's optimizers or activation checkpointing make import the compiler 3 s).
 
-A line on its standard input, JSON, is a job: {"script", "arguments", "worlds", "environment", "output" file}. Answers
-are lines on its standard output: the process id of the job, which leads a session of its own, and when it has ended its
-exit status. With worlds [1, 2] the script is run as the ranks of one world size after another, `SCRIPT RANK WORLD
-ARGUMENT...`; with none as it stands, `SCRIPT ARGUMENT...`.
+A line on its standard input, JSON, is a job: {"script", "arguments", "worlds", "imports", "environment", "output"
+file}. Answers are lines on its standard output: the process id of the job, which leads a session of its own, and when
+it has ended its exit status. With worlds [1, 2] the script is run as the ranks of one world size after another, `SCRIPT
+RANK WORLD ARGUMENT...`; with none as it stands, `SCRIPT ARGUMENT...`. Its imports are what it needs beside MODULES.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
-MODULES = ("scoreray.trainer.loop", "scoreray.data.storage.s3", "deepspeed", "peft", "torch._dynamo")
+MODULES = ("scoreray.trainer.loop", "scoreray.data.storage.s3", "deepspeed", "torch._dynamo")
 
 
 def run(script: str, *arguments: str) -> int:
@@ -69,13 +70,19 @@ def carry_out(job: dict[str, Any]) -> int:
     return run_worlds(job["worlds"], job["script"], job["arguments"])
 
 
-def main() -> None:
-    for module in MODULES:
+def prepare(modules: Sequence[str]) -> None:
+    for module in modules:
         importlib.import_module(module)
     gc.freeze()  # DeepSpeed collects garbage at each start: half a second with all modules' objects to look through
+
+
+def main() -> None:
+    prepare(MODULES)
     for line in sys.stdin:
+        job = json.loads(line)
+        prepare(job["imports"])
         if not (child := os.fork()):
-            os._exit(carry_out(json.loads(line)))
+            os._exit(carry_out(job))
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)

@@ -198,6 +198,7 @@ def test_a_killed_driver_loses_no_trial_and_runs_none_twice(
         Study(load_sweep({**sweep, "space": {MEAN: {"uniform": [0, 1]}}}), ROOM)
 
 
+@pytest.mark.slow
 def test_a_killed_trial_goes_on_from_its_newest_checkpoint(ray_cluster: None, sweep: dict[str, Any]) -> None:
     plan = load_sweep({**sweep, "trials": 1}, ["base.duration.images=32768", "base.checkpoint.every_images=2048"])
     killed, notes = list[int](), list[str]()
@@ -217,6 +218,7 @@ def test_a_killed_trial_goes_on_from_its_newest_checkpoint(ray_cluster: None, sw
     assert "continues from 0 images" not in note
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_sampler_and_the_ema_length_trains_once(ray_cluster: None, sweep: dict[str, Any]) -> None:
     """Several metrics: the Pareto front of quality and cost; and no trial beats another in both."""
     space = {"sample.steps": {"choice": [4, 8, 16]}, "sample.ema": {"choice": [0.1, 0.2]}}

@@ -228,6 +228,7 @@ print(json.dumps(found | {"notes": notes}))
 """
 
 
+@pytest.mark.slow
 def test_a_second_job_of_one_run_is_refused_and_following_a_job_that_is_gone_ends(head: tuple[int, str]) -> None:
     """The later of two submissions is refused, or stopped; following ends where there is nothing to follow."""
     port, token = head

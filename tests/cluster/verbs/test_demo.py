@@ -36,14 +36,18 @@ from scoreray.sampling.samplers.sample import SamplerState
 from scoreray.trainer.config import load_config
 from scoreray.trainer.monitoring.metrics import SIGMA_EDGES, TrainingRecord
 
-# Twice in one process, with as little training and measuring as shows that all links join.
+# Twice in one process, with as few pictures, as little training and measuring as show that all links join.
 TWICE = """
 import json, sys
 from pathlib import Path
-from typing import NoReturn
+import numpy as np
 from scoreray.cluster.verbs import demo
+few = Path(sys.argv[1]).with_name("few.npz")
+with np.load(demo.fashion_mnist_path()) as file:
+    np.savez(few, images=file["images"][:1200], labels=file["labels"][:1200], classes=file["classes"])
+demo.fashion_mnist_path, demo.HELD_OUT = lambda: few, 200
 demo.QUICK_MINUTES, demo.NUM_SAMPLES, demo.STEPS = 0.02, 16, 2
-demo.Effort = lambda *sizes, effort=demo.Effort: effort(16, 640)
+demo.Effort = lambda *sizes, effort=demo.Effort: effort(16, 128)
 for _ in range(2):
     print(json.dumps(demo.run_demo(Path(sys.argv[1]), quick=True).answer()), flush=True)
 """

@@ -24,6 +24,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
 
 
+@pytest.mark.slow
 def test_actors_make_the_bytes_of_one_process_and_go_on_after_a_mistake(
     ray_cluster: None, small_set: str, tiny_vae: str, tmp_path: Path
 ) -> None:

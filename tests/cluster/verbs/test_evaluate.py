@@ -56,6 +56,7 @@ def evaluation_settings(run: tuple[str, str], out: str) -> EvaluationSettings:
                               steps=6, batch_size=64, loss_count=300)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_workers_and_kills_do_not_change_a_record(
     ray_cluster: None, run: tuple[str, str], tmp_path: Path, s3_url: str, new_listeners: Any
 ) -> None:
@@ -125,6 +126,7 @@ def test_each_checkpoint_is_measured_and_drawn(run: tuple[str, str], tmp_path: P
     assert lines == ["evaluation at 64 images failed: broken: RuntimeError: no way"]
 
 
+@pytest.mark.slow
 def test_evaluation_beside_a_run(ray_cluster: None, run: tuple[str, str]) -> None:
     """An actor at the lowest priority: what it finds is reported while the run goes on, and its errors end nothing."""
     base = run[0].removesuffix("/runs/short")

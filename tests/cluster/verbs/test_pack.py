@@ -96,6 +96,7 @@ def test_an_array_is_read_again_by_the_tasks_not_sent_to_them(tmp_path: Path, ra
         list(map_on_ray(plan, range(6), 2))
 
 
+@pytest.mark.slow
 def test_a_task_that_is_killed_is_started_again(
     pictures: Path, whole: dict[str, str], tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -337,10 +337,11 @@ def test_a_newer_checkpoint_is_taken_while_requests_run(
 
 
 def test_the_client_waits_for_retry_after(service: str) -> None:
-    client = Client(service, tries=200)
+    client, before = Client(service, tries=200), metrics(service)["scoreray_sheds_total"]
     with ThreadPoolExecutor(32) as many:
-        found = list(many.map(lambda i: client.sample(count=8, steps=25, seed=i, key=f"busy-{i}"), range(40)))
+        found = list(many.map(lambda i: client.sample(count=8, steps=12, seed=i, key=f"busy-{i}"), range(40)))
     assert len(found) == 40
+    assert metrics(service)["scoreray_sheds_total"] > before, "none was turned away"
     with pytest.raises(StorageError, match="2 tries"):
         Client("http://127.0.0.1:9", tries=2).sample()
 

@@ -29,7 +29,7 @@ def trained(
         images = np.random.default_rng(0).integers(0, 256, (32, 4, 4), dtype=np.uint8)
         np.savez(folder / "p.npz", images=images, labels=np.arange(32) % classes)
         pack(str(folder / "p.npz"), str(folder / f"{classes}-classes"))
-    run_ranks(RANKS, str(folder), str(free_port()), worlds=(1, 2))
+    run_ranks(RANKS, str(folder), str(free_port()), worlds=(1, 2), imports=("peft",))
     return folder
 
 

@@ -159,8 +159,8 @@ SHALLOW = {"unet": {"channel_mult": (1,)}, "dit": {"depth": 1}, "mmdit": {"depth
 
 @pytest.mark.parametrize(
     "config",
-    # 3 s each. A DiT without conditions is traced in tests/trainer/networks/test_network.py.
-    [UNET, pytest.param(DIT, marks=pytest.mark.slow), MMDIT, MLP],
+    # 3 s each. Without conditions both are traced in tests/trainer/networks/test_network.py.
+    [*(pytest.param(config, marks=pytest.mark.slow) for config in (UNET, DIT)), MMDIT, MLP],
     ids=lambda config: config.kind,
 )
 def test_it_compiles_as_one_graph_for_a_condition_of_any_length(config):

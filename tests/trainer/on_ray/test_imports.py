@@ -56,7 +56,7 @@ train(prepare_run(config).config, watch=first_step)
 """
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_no_compiler_and_nothing_else_that_is_not_needed_is_imported_before_the_first_step(
     tmp_path: Path, stage: int
 ) -> None:

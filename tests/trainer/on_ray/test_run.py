@@ -227,6 +227,7 @@ def test_what_does_not_change_the_result_may_change(uninterrupted: Any, data_url
     assert prepare_run(same).config == same
 
 
+@pytest.mark.slow
 def test_damaged_data_ends_the_run_with_its_name(ray_cluster: None, data_url: str, tmp_path: Path) -> None:
     """A flipped byte in a shard is no reason to try again: one error that names the shard, within seconds."""
     from scoreray.data.storage.store import open_store
