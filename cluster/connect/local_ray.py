@@ -26,7 +26,7 @@ from scoreray.cluster.connect.start import (
     patience,
     start_wait_s,
 )
-from scoreray.cluster.connect.watch import watched
+from scoreray.cluster.connect.watch import STOPPING, watched
 from scoreray.cluster.display import say, waiting
 from scoreray.cluster.hooks import PRINTED_LINES, replaced
 from scoreray.data import own_code
@@ -250,7 +250,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         nonlocal came
         came = True
-        raise KeyboardInterrupt
+        stop()
 
     def unless_interrupt(lost: Any) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
@@ -272,7 +272,8 @@ def interruptible() -> Iterator[None]:
 
 
 def stop(*_: object) -> None:
-    """A handler that makes SIGTERM what Ctrl-C is: everything is closed in order."""
+    """A handler that makes SIGTERM what Ctrl-C is: everything is closed in order, where Ray has not got it too."""
+    STOPPING.set()
     raise KeyboardInterrupt
 
 

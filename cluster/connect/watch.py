@@ -18,7 +18,9 @@ POLL_S = 0.5
 SILENT_S = 120.0  # without an answer of the GCS; Ray itself takes a node that is silent for a minute for dead
 GCS_MAY_RESTART_S = 50.0  # of a cluster: with fault tolerance its GCS comes back; after 60 s Ray ends this process
 STATUS, STOPPED_STATUS = 3, 130
-STOPPING = threading.Event()  # set once a service is stopped: with its whole process group, Ray ends before it
+GOES_ON = "the same command goes on from what is committed"
+STOPPING = threading.Event()  # set by a signal to stop: where all of the process group got it, Ray ends first
+SIGNAL_S = 0.2  # that Python may take to see a signal while it waits in Ray
 
 
 @dataclass
@@ -48,6 +50,7 @@ def watched(*, embedded: bool) -> Iterator[None]:
     """While the block runs, a thread looks at the GCS and at this machine's raylet; where one has gone, this process
     ends with a line and status 3. An exception of the block that came of it ends the same way."""
     daemons, over = _daemons(embedded), threading.Event()
+    STOPPING.clear()
     heard = _Heartbeat(over)
     heartbeat = threading.Thread(target=heard.keep, name="ray-heartbeat", daemon=True)
     looking = threading.Thread(target=watch, args=(daemons, heard, over), name="ray-watch", daemon=True)
@@ -112,9 +115,9 @@ def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> No
 
 
 def _end(what: str) -> None:
-    if STOPPING.is_set():
-        end("ended; Ray got the signal too, so requests under way were cut off", STOPPED_STATUS)
-    end(f"{what} (killed, or no memory left?); the same command goes on from what is committed")
+    if STOPPING.wait(SIGNAL_S):
+        end(f"stopped, and Ray with it, so what was under way was cut off; {GOES_ON}", STOPPED_STATUS)
+    end(f"{what} (killed, or no memory left?); {GOES_ON}")
 
 
 def end(line: str, status: int = STATUS) -> None:

@@ -398,7 +398,7 @@ def test_a_ray_that_ends_with_the_service_that_is_being_stopped_is_no_fault(
 ) -> None:
     """As where SIGTERM goes to the whole process group (systemd, timeout)."""
     ended: list[Any] = []
-    flag = SimpleNamespace(is_set=lambda: stopping)
+    flag = SimpleNamespace(wait=lambda _: stopping)
 
     def leave(*words: Any) -> None:
         ended.extend(words)
@@ -433,6 +433,28 @@ def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
     again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert again.returncode == 0, again.stderr
     assert "goes on from" in again.stderr
+    assert "trained to 3,200 images" in again.stdout
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_of_its_process_group_stops_training_and_is_no_fault(
+    small_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ray's daemons and workers end by it at once, so nothing of the last steps is saved; what is committed stays."""
+    settings = small_run("run", tmp_path, 3200, checkpoint={"every_images": 320, "keep": 2})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
+    with running(command, environment, start_new_session=True) as process:
+        wait_until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith("scoreray: stopped"), errors
+    assert errors.splitlines()[-1].endswith("the same command goes on from what is committed")
+    assert "Traceback" not in errors
+    again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert again.returncode == 0, again.stderr
     assert "trained to 3,200 images" in again.stdout
 
 
