@@ -52,10 +52,8 @@ def kernel() -> Iterator[KernelManager]:
     manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=pytest.mark.slow if path.stem in BEFORE else (), id=path.stem) for path in NOTEBOOKS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, kernel: KernelManager, tmp_path: Path) -> None:
     book, stored = nbformat.read(path, 4), nbformat.read(path, 4)
     before = [FRESH.format(str(tmp_path)), BEFORE.get(path.stem, ""), "%reset -f"]

@@ -154,6 +154,7 @@ def test_the_pages_of_python_have_what_docs_use(site: Path) -> None:
     assert "scoreray.data.stream.Stream" in found
 
 
+@pytest.mark.slow
 @chromium.NEEDED
 def test_no_page_is_wider_than_a_phone(site: Path) -> None:
     """What is wider scrolls by itself: code, tables. Pages of every kind, and those with the widest of both."""

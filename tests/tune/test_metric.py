@@ -102,6 +102,7 @@ def test_noise_and_images_are_the_same_for_every_trial(points: dict[str, str]) -
     assert abs(spread_of(held) - math.sqrt(0.25 + 0.05**2)) < 0.05
 
 
+@pytest.mark.slow
 def test_every_metric_separates_a_trained_model_from_an_untrained_one_at_the_same_budget(tmp_path: Path) -> None:
     """Images of three kinds, two learning rates of which one does nothing; all metrics at once, and again the same."""
     rng, bright = np.random.default_rng(0), np.arange(600) % 3
