@@ -27,10 +27,11 @@ from scoreray.cluster.cli.runs import demo, doctor, status, submit, train, tune
 from scoreray.cluster.cli.sample import sample
 from scoreray.cluster.cli.storage import clean, list_
 from scoreray.cluster.connect.local_ray import stop
+from scoreray.cluster.connect.watch import GOES_ON
 from scoreray.cluster.display import opening, use_plain_lines
 from scoreray.data.errors import ScorerayError, readable
 
-STOPPED = "stopped; the same command goes on from what is committed"
+STOPPED = f"stopped; {GOES_ON}"
 
 app = typer.Typer(
     name="scoreray",

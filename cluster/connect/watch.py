@@ -20,7 +20,6 @@ GCS_MAY_RESTART_S = 50.0  # of a cluster: with fault tolerance its GCS comes bac
 STATUS, STOPPED_STATUS = 3, 130
 GOES_ON = "the same command goes on from what is committed"
 STOPPING = threading.Event()  # set by a signal to stop: where all of the process group got it, Ray ends first
-SIGNAL_S = 0.2  # that Python may take to see a signal while it waits in Ray
 
 
 @dataclass
@@ -115,7 +114,7 @@ def watch(daemons: list[Daemon], heard: _Heartbeat, over: threading.Event) -> No
 
 
 def _end(what: str) -> None:
-    if STOPPING.wait(SIGNAL_S):
+    if STOPPING.is_set():
         end(f"stopped, and Ray with it, so what was under way was cut off; {GOES_ON}", STOPPED_STATUS)
     end(f"{what} (killed, or no memory left?); {GOES_ON}")
 

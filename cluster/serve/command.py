@@ -184,7 +184,6 @@ def _serve(
             say(_curl(url, bool(config.tokens), can_be_pictures(models[0].info.sample_shape)))
             ready(url)
             stopping.wait()
-            STOPPING.set()
             say(f"draining: no new requests are taken; up to {placement.drain_s:.0f} s for those under way")
             return drain(placement.drain_s)
 
@@ -229,6 +228,7 @@ def _signals(stopping: threading.Event) -> Iterator[None]:
         if stopping.is_set():
             raise KeyboardInterrupt
         stopping.set()
+        STOPPING.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, first)

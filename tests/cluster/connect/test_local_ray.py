@@ -302,10 +302,21 @@ with connected(num_cpus=1):
 ENDED = "has ended (killed, or no memory left?); the same command goes on from what is committed"
 
 
+def of_no_ray() -> dict[str, str]:
+    """This process's variables without those of the session's Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def training(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """The command, of a config in this folder."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return [sys.executable, "-m", "scoreray.cluster.cli", "train", str(folder / "config.yaml")]
+
+
 @contextlib.contextmanager
-def running(command: list[str], environment: dict[str, str], **pipes: int) -> Iterator[subprocess.Popen[str]]:
-    """Killed at the block's end: else a failure in it would wait for the command without end."""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **pipes) as process:
+def running(command: list[str], **options: int) -> Iterator[subprocess.Popen[str]]:
+    """On a Ray of its own. Killed at the block's end: else a failure in it would wait for the command without end."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=of_no_ray(), **options) as process:
         try:
             yield process
         finally:
@@ -322,8 +333,7 @@ def daemon_of(process: subprocess.Popen[str], name: str) -> psutil.Process:
 @pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
 def test_a_daemon_of_ray_that_is_killed_ends_a_command_in_one_line(daemon: str) -> None:
     """Ray itself would end it without a word (the raylet) or after a minute (the GCS), with status 1."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with running([sys.executable, "-c", WAITS], environment, stdout=subprocess.PIPE) as process:
+    with running([sys.executable, "-c", WAITS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         victim = daemon_of(process, daemon)
@@ -398,7 +408,7 @@ def test_a_ray_that_ends_with_the_service_that_is_being_stopped_is_no_fault(
 ) -> None:
     """As where SIGTERM goes to the whole process group (systemd, timeout)."""
     ended: list[Any] = []
-    flag = SimpleNamespace(wait=lambda _: stopping)
+    flag = SimpleNamespace(is_set=lambda: stopping)
 
     def leave(*words: Any) -> None:
         ended.extend(words)
@@ -420,17 +430,15 @@ def test_training_goes_on_by_the_same_command_after_a_daemon_was_killed(
     daemon: str, small_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = small_run("run", tmp_path, 3200, checkpoint={"every_images": 320, "keep": 2})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
-    with running(command, environment) as process:
+    command = training(tmp_path, settings)
+    with running(command) as process:
         wait_until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
         daemon_of(process, daemon).kill()
         _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 3, errors
     assert errors.splitlines()[-1].endswith(ENDED)
     assert "Traceback" not in errors
-    again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=of_no_ray())
     assert again.returncode == 0, again.stderr
     assert "goes on from" in again.stderr
     assert "trained to 3,200 images" in again.stdout
@@ -442,10 +450,8 @@ def test_sigterm_to_all_of_its_process_group_stops_training_and_is_no_fault(
 ) -> None:
     """Ray's daemons and workers end by it at once, so nothing of the last steps is saved; what is committed stays."""
     settings = small_run("run", tmp_path, 3200, checkpoint={"every_images": 320, "keep": 2})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
-    with running(command, environment, start_new_session=True) as process:
+    command = training(tmp_path, settings)
+    with running(command, start_new_session=True) as process:
         wait_until(lambda: any(tmp_path.glob("run/checkpoints/*/COMMITTED.json")), "a checkpoint")
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=PATIENCE_S)
@@ -453,7 +459,7 @@ def test_sigterm_to_all_of_its_process_group_stops_training_and_is_no_fault(
     assert errors.splitlines()[-1].startswith("scoreray: stopped"), errors
     assert errors.splitlines()[-1].endswith("the same command goes on from what is committed")
     assert "Traceback" not in errors
-    again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=280, env=of_no_ray())
     assert again.returncode == 0, again.stderr
     assert "trained to 3,200 images" in again.stdout
 
@@ -464,10 +470,8 @@ def test_a_daemon_that_is_killed_while_ray_starts_ends_a_command_in_one_line(
     daemon: str, small_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Ray itself would wait for it: half a minute for the raylet, a minute for the GCS, and then end with status 1."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(small_run("run", tmp_path, 64)))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-m", "scoreray.cluster.cli", "train", str(tmp_path / "config.yaml")]
-    with running(command, environment) as process:
+    command = training(tmp_path, small_run("run", tmp_path, 64))
+    with running(command) as process:
         family = psutil.Process(process.pid)
 
         def killed() -> bool:  # each time: on a busy machine Ray is started once more
